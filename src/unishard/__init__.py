@@ -1,0 +1,73 @@
+"""unishard: train PyTorch models too large for one device, through DeepSpeed's front door or FSDP's.
+
+Public names are imported when first touched, so that `import unishard` costs next to nothing over `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "initialize": "unishard.engine",
+    "Engine": "unishard.engine",
+    "Config": "unishard.config",
+    "fully_shard": "unishard.sharding.api",
+    "FSDPModule": "unishard.sharding.api",
+    "UnshardHandle": "unishard.sharding.api",
+    "register_fsdp_forward_method": "unishard.sharding.api",
+    "MixedPrecisionPolicy": "unishard.sharding.policies",
+    "OffloadPolicy": "unishard.sharding.policies",
+    "CPUOffloadPolicy": "unishard.sharding.policies",
+    "auto_shard": "unishard.sharding.auto",
+    "describe": "unishard.sharding.describe",
+    "gather": "unishard.sharding.gather",
+    "init_sharded": "unishard.sharding.init",
+    "load_safetensors": "unishard.sharding.load",
+    "clip_grad_norm_": "unishard.optim.clip",
+    "MixedPrecision": "unishard.sharding.precision",
+    "Sharding": "unishard.sharding.placement",
+    "PRESETS": "unishard.sharding.placement",
+    "NO_SHARD": "unishard.sharding.placement",
+    "DDP": "unishard.sharding.placement",
+    "ZERO1": "unishard.sharding.placement",
+    "ZERO2": "unishard.sharding.placement",
+    "SHARD_GRAD_OP": "unishard.sharding.placement",
+    "ZERO3": "unishard.sharding.placement",
+    "FULL_SHARD": "unishard.sharding.placement",
+    "HYBRID_ZERO1": "unishard.sharding.placement",
+    "HYBRID_ZERO2": "unishard.sharding.placement",
+    "HYBRID_SHARD_GRAD_OP": "unishard.sharding.placement",
+    "HYBRID_SHARD": "unishard.sharding.placement",
+    "UnishardError": "unishard.errors",
+    "ConfigError": "unishard.errors",
+    "ShardingError": "unishard.errors",
+    "StateError": "unishard.errors",
+    "UnsupportedError": "unishard.errors",
+    "NonFiniteError": "unishard.errors",
+    "RankError": "unishard.errors",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'unishard' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+if TYPE_CHECKING:
+    from unishard.config import Config as Config
+    from unishard.engine import Engine as Engine
+    from unishard.engine import initialize as initialize
+    from unishard.sharding.api import fully_shard as fully_shard

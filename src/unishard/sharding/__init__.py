@@ -1,0 +1,1 @@
+"""The sharding core: layouts, buffers, groups and the schedule of their collectives."""

@@ -1,0 +1,240 @@
+"""The code door: `fully_shard(module)`, with FSDP2's contract over unishard's core."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from unishard.dist.collectives import Communicator
+from unishard.dist.mesh import Axes, axes_of, build_mesh, ensure_process_group, subgroup
+from unishard.errors import ShardingError, UnsupportedError
+from unishard.sharding.build import ShardPlan, build_unit, start_schedule_with
+from unishard.sharding.dtensor import PlacementFn, deliver, swapped_group
+from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class
+from unishard.sharding.hooks import StateDictHooks
+from unishard.sharding.in_place import broadcast_buffers
+from unishard.sharding.parameter import ParameterRecord, find_parameters
+from unishard.sharding.placement import ZERO3, Placement, Sharding, preset
+from unishard.sharding.policies import (
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    as_mixed_precision,
+    require_supported_offload,
+)
+from unishard.sharding.schedule import Schedule
+from unishard.sharding.unit import ShardUnit, unit_of, units_under
+
+__all__ = ["FSDPModule", "UnshardHandle", "fully_shard", "register_fsdp_forward_method"]
+
+
+_FULL_PRECISION = MixedPrecisionPolicy()
+_NO_OFFLOAD = OffloadPolicy()
+
+
+def fully_shard(
+    module: Any,
+    *,
+    mesh: DeviceMesh | None = None,
+    sharding: Sharding | str = ZERO3,
+    reshard_after_forward: bool | int | None = None,
+    shard_placement_fn: PlacementFn | None = None,
+    mp_policy: Any = _FULL_PRECISION,
+    offload_policy: Any = _NO_OFFLOAD,
+    ignored_params: set[nn.Parameter] | None = None,
+    dp_mesh_dims: Any = None,
+) -> Any:
+    """Shard the parameters of `module` that no sharded module below it holds, and return the module.
+
+    The contract is that of `torch.distributed.fsdp.fully_shard`: apply it to blocks first and to the root last; the
+    module's class becomes `FSDP<Name>`; its parameters are DTensors between uses. `sharding` adds ZeRO-1, ZeRO-2 and
+    plain data parallelism behind the same call.
+
+    Args:
+        module: a module, or a list of modules that are gathered as one and run one after another.
+        mesh: 1-D (dp_shard) or 2-D (dp_replicate, dp_shard); default: all ranks.
+        sharding: a preset or its name.
+        reshard_after_forward: release parameters after forward? Default: as the preset says, except for the root. An
+            int keeps 1/int of them on each rank of subgroups of that size (ZeRO++ hpZ, arXiv 2306.10209, section 3.2).
+        shard_placement_fn: parameter -> `Shard(dim)`, or None for dim 0.
+        mp_policy: unishard's or torch's mixed-precision policy.
+        offload_policy: unishard's or torch's offload policy.
+        ignored_params: parameters to leave alone.
+
+    Raises:
+        ShardingError: (a ValueError) for a module sharded twice, a container without forward, a mesh that does not fit.
+
+    >>> block = nn.Linear(4, 4)
+    >>> type(fully_shard(block)).__name__
+    'FSDPLinear'
+    """
+    modules: list[nn.Module] = list(module) if isinstance(module, list | tuple) else [module]
+    _check_modules(modules)
+    if dp_mesh_dims is not None:
+        raise UnsupportedError(
+            "fully_shard: dp_mesh_dims is not available; pass the data-parallel sub-mesh as mesh="
+        )
+    sharding = preset(sharding) if isinstance(sharding, str) else sharding
+    plan, mesh = _plan(modules, mesh, sharding, mp_policy, offload_policy)
+    records = _records(modules, ignored_params or set())
+    name = type(modules[0]).__name__
+    unit = build_unit(name, modules, records, plan, swapped_group(plan, mesh, shard_placement_fn), _start)
+    _set_resharding(unit, plan.axes, reshard_after_forward)
+    for each in modules:
+        StateDictHooks(unit, each)
+        each.__class__ = as_fsdp_class(type(each))
+    return module
+
+
+def _check_modules(modules: Sequence[nn.Module]) -> None:
+    if not modules:
+        raise ShardingError("fully_shard got an empty list; pass a module or a non-empty list of modules")
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise ShardingError(f"fully_shard shards nn.Modules, not {type(module).__name__}")
+        if unit_of(module) is not None:
+            raise ShardingError(
+                f"fully_shard has already been applied to this {type(module).__name__}; a parameter cannot be sharded "
+                "twice: apply it once to each module, inner ones first"
+            )
+        if type(module).forward in (nn.ModuleList.forward, nn.ModuleDict.forward):
+            raise ShardingError(
+                f"fully_shard does not support containers that do not implement forward, such as "
+                f"{type(module).__name__}; apply it to the modules inside"
+            )
+
+
+def _plan(
+    modules: Sequence[nn.Module],
+    mesh: DeviceMesh | None,
+    sharding: Sharding,
+    mp_policy: Any,
+    offload_policy: Any,
+) -> tuple[ShardPlan, DeviceMesh]:
+    if mesh is None:
+        if sharding.needs_replicas:
+            raise ShardingError(
+                f"{sharding} needs a 2-D mesh (dp_replicate, dp_shard); pass "
+                'mesh=init_device_mesh(device, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))'
+            )
+        device_type = _device_type(modules)
+        ensure_process_group(torch.device(device_type))
+        mesh = build_mesh(device_type)
+    if not isinstance(mesh, DeviceMesh):
+        raise ShardingError(
+            f"mesh must be a DeviceMesh, not {type(mesh).__name__}; build one with init_device_mesh"
+        )
+    if sharding.needs_replicas and mesh.ndim != 2:
+        raise ShardingError(
+            f"{sharding} needs a 2-D mesh (dp_replicate, dp_shard), not one of {mesh.ndim} dimensions"
+        )
+    axes = axes_of(mesh, replicate_only=not sharding.sharded_anywhere)
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    require_supported_offload(offload_policy, device)
+    broadcast = _materialized_everywhere(modules, axes)
+    return ShardPlan(sharding, axes, as_mixed_precision(mp_policy), device, broadcast), mesh
+
+
+def _device_type(modules: Sequence[nn.Module]) -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _materialized_everywhere(modules: Sequence[nn.Module], axes: Axes) -> bool:
+    """Whether every rank holds real weights; if some build on the meta device, nobody waits for a broadcast."""
+    real = all(not p.is_meta for module in modules for p in module.parameters())
+    device = "cuda" if axes.shard.native_device or axes.replicate.native_device else "cpu"
+    flag = torch.tensor([1 if real else 0], dtype=torch.int32, device=device)
+    return bool(axes.all_reduce_control(flag, "min").item())
+
+
+def _records(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> list[ParameterRecord]:
+    """Parameters not below a module that is already sharded. Raises `ShardingError` if one is shared with such."""
+    skip = {
+        m for root in modules for unit in units_under(root) for top in unit.modules for m in top.modules()
+    }
+    prefixes = {} if len(modules) == 1 else {m: f"{i}." for i, m in enumerate(modules)}
+    records = find_parameters(list(modules), prefixes, ignored, skip)
+    taken = {
+        id(original): r.fqn
+        for module in modules
+        for unit in units_under(module)
+        for g in unit.groups
+        for r in g.registrations
+        if (original := r.original()) is not None
+    }
+    for record in records:
+        if id(record.param) in taken:
+            raise ShardingError(
+                f"{record.fqn} is tied to {taken[id(record.param)]}, which an inner fully_shard has taken already; a "
+                "parameter cannot be sharded twice: shard the modules that share it in one call, "
+                "fully_shard([a, b]), or leave both to their common parent"
+            )
+    return records
+
+
+def _set_resharding(unit: ShardUnit, axes: Axes, reshard_after_forward: bool | int | None) -> None:
+    if reshard_after_forward is None:
+        return
+    if unit.sharding.parameter is Placement.REPLICATE:
+        if reshard_after_forward is not False:
+            raise ShardingError(
+                f"reshard_after_forward={reshard_after_forward} with {unit.sharding}: its parameters rest whole and "
+                "are never resharded; use sharding=ZERO3, or leave reshard_after_forward out"
+            )
+        return
+    unit.keep_if_root = False
+    unit.keep_within = None
+    if isinstance(reshard_after_forward, bool):
+        unit.reshard_after_forward = reshard_after_forward
+        return
+    # Groups of one rank keep everything: that is not resharding at all.
+    unit.reshard_after_forward = reshard_after_forward != 1
+    unit.keep_within = _subgroup(axes.shard, reshard_after_forward)
+
+
+def _subgroup(comm: Communicator, size: int) -> Communicator | None:
+    if size == comm.size or size == 1:
+        return None
+    cached = _subgroups.setdefault(id(comm.group), {})
+    if size not in cached:
+        cached[size] = subgroup(comm, size)
+    return cached[size]
+
+
+# Process groups are expensive; every unit of a model asks for the same few.
+_subgroups: dict[int, dict[int, Communicator]] = {}
+
+
+def _start(unit: ShardUnit) -> Schedule:
+    schedule = start_schedule_with(deliver)(unit)
+    for axes in schedule.axes[:1]:
+        for module in unit.modules:
+            broadcast_buffers(module, axes)
+    return schedule
+
+
+def register_fsdp_forward_method(module: nn.Module, method_name: str) -> None:
+    """Let `module.<method_name>` gather and release parameters as `forward` does.
+
+    Does nothing to a module that is not sharded. Raises `ShardingError` if it has no such method.
+    """
+    unit = unit_of(module)
+    if unit is None:
+        return
+    method = getattr(module, method_name, None)
+    if method is None:
+        raise ShardingError(f"{type(module).__name__} does not have a method {method_name!r}")
+    hooks = unit.hooks
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = hooks.pre_forward(module, args, kwargs)
+        return hooks.post_forward(module, args, method(*args, **kwargs))
+
+    setattr(module, method_name, wrapped)

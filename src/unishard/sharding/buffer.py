@@ -1,0 +1,278 @@
+"""The memory behind one group: the shard that rests, the whole that is gathered, and gradients on their way out.
+
+A buffer knows a layout and one mesh axis. Two kinds differ in the layout alone: `FlatBuffer` gathers straight into
+place; `DimBuffer` splits every parameter along its own dim and copies out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from unishard.dist.collectives import Communicator, Pending, Works
+from unishard.sharding.dim_layout import DimLayout
+from unishard.sharding.layout import FlatLayout
+
+
+class GroupBuffer(ABC):
+    """Storage of one group's parameters on this rank.
+
+    - `shard`: 1-D, `layout.shard_numel` elements of `master` dtype; what the optimizer updates.
+    - `full`: 1-D, `layout.numel` elements of `compute` dtype; its storage is resized to zero while released and
+      refilled in place, because tensors that autograd saved alias that very storage.
+    - `views`: the whole parameters inside `full`. Each owns its version counter, so that writing one parameter does
+      not invalidate what backward saved of its neighbours.
+    """
+
+    layout: FlatLayout | DimLayout
+    aliased: bool = False
+    """Whether `shard` is this rank's slice of a resident `full`: one memory, and nothing to copy before a gather."""
+
+    def __init__(
+        self,
+        layout: FlatLayout | DimLayout,
+        comm: Communicator,
+        *,
+        compute: torch.dtype,
+        master: torch.dtype,
+        device: torch.device,
+        resident: bool,
+    ) -> None:
+        self.comm = comm
+        self.compute = compute
+        self.master = master
+        self.device = device
+        self.resident = resident
+        numel = layout.numel
+        with torch.inference_mode(False):
+            self.full = torch.empty(numel, dtype=compute, device=device)
+        self._bytes = self.full.untyped_storage().nbytes()
+        self.allocated = True
+
+    def _make_views(self) -> list[torch.Tensor]:
+        return [
+            self._view(offset, shape)
+            for offset, shape in zip(self.layout.offsets, self.layout.shapes, strict=True)
+        ]
+
+    def _view(self, offset: int, shape: Sequence[int]) -> torch.Tensor:
+        strides, step = [], 1
+        for extent in reversed(shape):
+            strides.append(step)
+            step *= max(extent, 1)
+        with torch.inference_mode(False):
+            empty = torch.empty(0, dtype=self.compute, device=self.device)
+            return empty.set_(self.full.untyped_storage(), offset, tuple(shape), tuple(reversed(strides)))
+
+    def allocate(self) -> None:
+        """Give `full` its memory back; contents are undefined."""
+        if not self.allocated:
+            self.full.untyped_storage().resize_(self._bytes)
+            self.allocated = True
+
+    def release(self) -> None:
+        """Free the memory of `full`; every view of it is unusable until the next gather."""
+        if self.allocated:
+            self.full.untyped_storage().resize_(0)
+            self.allocated = False
+
+    @property
+    def padding(self) -> int:
+        """Elements this rank's shard holds beyond an exact 1/N of the payload."""
+        return self.layout.shard_numel - self.layout.payload // self.comm.size
+
+    @abstractmethod
+    def gather(self) -> Pending:
+        """Fill `full` from every rank's shard. Wait before reading; `full` is allocated at once."""
+
+    def whole_views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters inside `flat`, any 1-D tensor laid out like `full`."""
+        return [
+            flat[offset : offset + prod(shape)].view(shape)
+            for offset, shape in zip(self.layout.offsets, self.layout.shapes, strict=True)
+        ]
+
+    @torch.no_grad()
+    def load(self, whole: torch.Tensor) -> None:
+        """Take this rank's shard from `whole`, laid out like `full` in `master` dtype; resident buffers keep all."""
+        if self.resident:
+            self.full.copy_(whole)
+        if not self.aliased:
+            self.shard = self._shard_of(whole)
+        if not self.resident:
+            self.release()
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Carry what was written to `full` into the shard.
+
+        Only where it differs from the shard's own cast: elements that nobody wrote keep their full precision.
+        """
+        if self.aliased:
+            return
+        written = self._shard_of(self.full)
+        changed = written != self.shard.to(self.compute)
+        self.shard.copy_(torch.where(changed, written.to(self.master), self.shard))
+
+    @abstractmethod
+    def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """A fresh tensor with this rank's part of `whole`, in the dtype of `whole`."""
+
+    @abstractmethod
+    def local(self, index: int, shard: torch.Tensor) -> torch.Tensor:
+        """This rank's part of parameter `index` inside `shard`, a flat tensor laid out like `self.shard`."""
+
+    @abstractmethod
+    def write(self, target: torch.Tensor, index: int, grad: torch.Tensor | None, accumulate: bool) -> None:
+        """Put the whole gradient of parameter `index` (`None`: zeros) where `target`, a reduce buffer, wants it."""
+
+    @abstractmethod
+    def new_reduce_buffer(self, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer of `comm.size * shard_numel` elements for `write` to fill, padding already zero."""
+
+
+class FlatBuffer(GroupBuffer):
+    """Zero-copy: rank r's shard is `full[r * n : (r + 1) * n]`, gathered and reduced in place."""
+
+    layout: FlatLayout
+
+    def __init__(self, layout: FlatLayout, comm: Communicator, **kwargs: Any) -> None:
+        super().__init__(layout, comm, **kwargs)
+        self.layout = layout
+        self.views = self._make_views()
+        self.aliased = self.resident and self.master == self.compute
+        self.shard = self._own(self.full) if self.aliased else self.full.new_empty(0, dtype=self.master)
+        self._gaps = _gaps(layout)
+        self._pieces = {piece.index: piece for piece in layout.pieces(comm.rank)}
+        for start, stop in self._gaps:
+            self.full[start:stop].zero_()
+
+    def _own(self, whole: torch.Tensor) -> torch.Tensor:
+        length = self.layout.shard_numel
+        return whole[self.comm.rank * length : (self.comm.rank + 1) * length]
+
+    def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
+        return self._own(whole).clone()
+
+    def gather(self) -> Pending:
+        self.allocate()
+        if not self.aliased:
+            with torch.no_grad():
+                self._own(self.full).copy_(self.shard)
+        return self.comm.all_gather(self.full)
+
+    def local(self, index: int, shard: torch.Tensor) -> torch.Tensor:
+        piece = self._pieces.get(index)
+        return shard[:0] if piece is None else shard[piece.shard_start : piece.shard_start + piece.numel]
+
+    def write(self, target: torch.Tensor, index: int, grad: torch.Tensor | None, accumulate: bool) -> None:
+        offset, shape = self.layout.offsets[index], self.layout.shapes[index]
+        slot = target[offset : offset + prod(shape)]
+        if grad is None:
+            slot.zero_()
+        elif accumulate:
+            slot.view(shape).add_(grad)
+        else:
+            slot.view(shape).copy_(grad)
+
+    def new_reduce_buffer(self, dtype: torch.dtype) -> torch.Tensor:
+        buffer = torch.empty(self.layout.numel, dtype=dtype, device=self.device)
+        for start, stop in self._gaps:
+            buffer[start:stop].zero_()
+        return buffer
+
+
+class DimBuffer(GroupBuffer):
+    """Every rank holds a `Shard(dim)` chunk of every parameter; gathers pass through a staging buffer."""
+
+    layout: DimLayout
+
+    def __init__(self, layout: DimLayout, comm: Communicator, **kwargs: Any) -> None:
+        super().__init__(layout, comm, **kwargs)
+        self.layout = layout
+        self.views = self._make_views()
+        self.shard = self.full.new_empty(0, dtype=self.master)
+        # A second set, so that filling them leaves the version counters of `views` alone.
+        self._targets = self._make_views()
+
+    def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
+        shard = whole.new_zeros(self.layout.shard_numel)
+        for index, view in enumerate(self.whole_views(whole)):
+            self.local(index, shard).copy_(self._chunk(view, index, self.comm.rank))
+        return shard
+
+    def _chunk(self, whole: torch.Tensor, index: int, rank: int) -> torch.Tensor:
+        if whole.dim() == 0:
+            return whole[None][: self.layout.chunk(index, rank)[1]]
+        return whole.narrow(self.layout.dims[index], *self.layout.chunk(index, rank))
+
+    def local(self, index: int, shard: torch.Tensor) -> torch.Tensor:
+        return self._local(index, shard, self.comm.rank)
+
+    def _local(self, index: int, shard: torch.Tensor, rank: int) -> torch.Tensor:
+        shape = self.layout.chunk_shape(index, rank) or (self.layout.chunk(index, rank)[1],)
+        start = self.layout.shard_offsets[index]
+        return shard[start : start + prod(shape)].view(shape)
+
+    def gather(self) -> Pending:
+        self.allocate()
+        length = self.layout.shard_numel
+        with torch.inference_mode(False), torch.no_grad():
+            staging = torch.empty(self.comm.size * length, dtype=self.compute, device=self.device)
+            staging[self.comm.rank * length : (self.comm.rank + 1) * length].copy_(self.shard)
+        pending = self.comm.all_gather(staging)
+        return Works([pending], lambda: self._copy_out(staging))
+
+    @torch.no_grad()
+    def _copy_out(self, staging: torch.Tensor) -> None:
+        by_rank = staging.view(self.comm.size, -1)
+        for index, target in enumerate(self._targets):
+            start, length = self.layout.shard_offsets[index], self.layout.chunk_numels[index]
+            if self.layout.even(index):
+                target.view(self.comm.size, length).copy_(by_rank[:, start : start + length])
+                continue
+            for rank in range(self.comm.size):
+                self._chunk(target, index, rank).copy_(self._local(index, by_rank[rank], rank))
+
+    def write(self, target: torch.Tensor, index: int, grad: torch.Tensor | None, accumulate: bool) -> None:
+        by_rank = target.view(self.comm.size, -1)
+        start, length = self.layout.shard_offsets[index], self.layout.chunk_numels[index]
+        if grad is None:
+            by_rank[:, start : start + length].zero_()
+            return
+        if self.layout.even(index):
+            slot = by_rank[:, start : start + length]
+            grad = grad.reshape(self.comm.size, length)
+            _ = slot.add_(grad) if accumulate else slot.copy_(grad)
+            return
+        for rank in range(self.comm.size):
+            slot = self._local(index, by_rank[rank], rank)
+            chunk = self._chunk(grad, index, rank)
+            _ = slot.add_(chunk) if accumulate else slot.copy_(chunk)
+
+    def new_reduce_buffer(self, dtype: torch.dtype) -> torch.Tensor:
+        size = self.comm.size * self.layout.shard_numel
+        even = all(self.layout.even(i) for i in range(len(self.layout.shapes)))
+        make = torch.empty if even else torch.zeros
+        return make(size, dtype=dtype, device=self.device)
+
+
+def _gaps(layout: FlatLayout) -> list[tuple[int, int]]:
+    """Stretches of the whole buffer that no parameter covers."""
+    used = sorted(
+        (offset, offset + prod(shape))
+        for offset, shape in zip(layout.offsets, layout.shapes, strict=True)
+        if prod(shape)
+    )
+    gaps, position = [], 0
+    for start, stop in used:
+        if start > position:
+            gaps.append((position, start))
+        position = stop
+    if layout.numel > position:
+        gaps.append((position, layout.numel))
+    return gaps

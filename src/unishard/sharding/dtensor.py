@@ -1,0 +1,294 @@
+"""Groups of the code door: DTensors at rest, plain parameters in compute, gradients delivered to the DTensors.
+
+Every sharded parameter is an ordinary `Shard(dim)` DTensor, so a torch function on it gives the right answer. The
+price against the config door's flat layout is one copy out of the gathered memory and the padding of uneven dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from unishard.dist.mesh import Axes
+from unishard.errors import ShardingError
+from unishard.sharding.buffer import DimBuffer
+from unishard.sharding.build import MakeGroup, ShardPlan, fill
+from unishard.sharding.dim_layout import DimLayout, plan_dim_layout
+from unishard.sharding.gradient import GroupGradients
+from unishard.sharding.group import ShardGroup
+from unishard.sharding.parameter import Home, ParameterRecord, SwappedParameter, tensor_parallel_of
+from unishard.sharding.placement import Placement as Rest
+from unishard.sharding.precision import GroupPrecision
+
+PlacementFn = Callable[[nn.Parameter], "Shard | None"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Mesh, placements and global shape of one sharded parameter, or of its gradient."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def wrap(self, local: torch.Tensor) -> DTensor:
+        with torch.no_grad():
+            return DTensor.from_local(
+                local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+            )
+
+
+class ShardedParameter(SwappedParameter):
+    """A registration that also knows how to dress local tensors as DTensors."""
+
+    def __init__(self, record: ParameterRecord, view: torch.Tensor, local: torch.Tensor, spec: Spec) -> None:
+        self.spec = spec
+        sharded = nn.Parameter(spec.wrap(local), requires_grad=record.param.requires_grad)
+        for key, value in vars(record.param).items():
+            if not hasattr(sharded, key):
+                setattr(sharded, key, value)
+        super().__init__(record, view, sharded)
+
+    def accept(self, local: torch.Tensor) -> None:
+        """Add a reduced local gradient to the sharded parameter's, and run the hooks users put there."""
+        if self.sharded.grad is None:
+            self.sharded.grad = self.spec.wrap(local)
+        else:
+            grad: Any = self.sharded.grad
+            (grad.to_local() if isinstance(grad, DTensor) else grad).add_(local)
+        hooks = getattr(self.sharded, "_post_accumulate_grad_hooks", None)
+        for hook in list(hooks.values()) if hooks else ():
+            hook(self.sharded)
+
+
+def placement_dim(record: ParameterRecord, placement: Shard | None) -> int:
+    """The dim to shard, counted from the front. Raises `ShardingError` for what cannot be sharded."""
+    if record.local.dim() == 0:
+        raise ShardingError(
+            f"{record.fqn}: a scalar parameter cannot be a sharded DTensor; make it 1-D with one element, or pass it "
+            "in ignored_params"
+        )
+    if placement is None:
+        return 0
+    if not isinstance(placement, Shard):
+        raise ShardingError(
+            f"{record.fqn}: shard_placement_fn returned {placement!r}; return Shard(dim) or None"
+        )
+    dim = placement.dim + record.local.dim() if placement.dim < 0 else placement.dim
+    if not 0 <= dim < record.local.dim():
+        raise ShardingError(f"{record.fqn}: {placement} is outside shape {tuple(record.local.shape)}")
+    return dim
+
+
+def spec_of(record: ParameterRecord, mesh: DeviceMesh, axes: Axes, dim: int) -> Spec:
+    """Placements of the sharded parameter over the data-parallel mesh and, in front of it, tensor parallelism's."""
+    own: Placement = Shard(dim) if axes.shard.group is not None else Replicate()
+    data_parallel: list[Placement] = [own] if mesh.ndim == 1 else [Replicate(), own]
+    tensor_parallel = tensor_parallel_of(record.param)
+    if tensor_parallel is None:
+        shape = record.local.shape
+        return Spec(mesh, tuple(data_parallel), shape, torch.empty(shape, device="meta").stride())
+    inner = [p for p in tensor_parallel.placements if isinstance(p, Shard) and p.dim == dim]
+    if inner and isinstance(own, Shard):
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        # Tensor parallelism cut the dim first: data-parallel chunks interleave with its pieces.
+        data_parallel[-1] = _StridedShard(dim, split_factor=tensor_parallel.mesh.size())
+    whole_mesh = _concatenate(mesh, tensor_parallel.mesh, record.fqn)
+    placements = (*data_parallel, *tensor_parallel.placements)
+    return Spec(whole_mesh, placements, tensor_parallel.shape, tensor_parallel.stride)
+
+
+def _concatenate(data_parallel: DeviceMesh, tensor_parallel: DeviceMesh, fqn: str) -> DeviceMesh:
+    if data_parallel._get_root_mesh() is not tensor_parallel._get_root_mesh():
+        raise ShardingError(
+            f"{fqn}: the data-parallel mesh and the tensor-parallel mesh come from different meshes; slice both from "
+            'one: mesh = init_device_mesh(..., mesh_dim_names=("dp", "tp")); mesh["dp"], mesh["tp"]'
+        )
+    return DeviceMesh._concatenate([data_parallel, tensor_parallel])
+
+
+def swapped_group(plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn | None) -> MakeGroup:
+    """Groups of the code door."""
+
+    def make(name: str, records: list[ParameterRecord], precision: GroupPrecision) -> ShardGroup:
+        dims = [placement_dim(r, placement_fn(r.param) if placement_fn else None) for r in records]
+        layout = plan_dim_layout(
+            [tuple(r.local.shape) for r in records], dims, plan.axes.shard.size, [r.fqn for r in records]
+        )
+        buffer = _new_buffer(
+            layout, plan.axes, precision, plan.device, plan.sharding.parameter is Rest.REPLICATE
+        )
+        on_meta = any(r.local.is_meta for r in records)
+        if on_meta:
+            buffer.shard = torch.empty(layout.shard_numel, dtype=precision.master, device="meta")
+            buffer.release()
+        else:
+            fill(buffer, records, plan)
+        registrations = [
+            ShardedParameter(r, view, buffer.local(i, buffer.shard), spec_of(r, mesh, plan.axes, dims[i]))
+            for i, (r, view) in enumerate(zip(records, buffer.views, strict=True))
+        ]
+        group = ShardGroup(name, plan.sharding, plan.axes, precision, buffer, registrations)
+        if not on_meta:
+            group.adopt()
+        return group
+
+    return make
+
+
+def _new_buffer(
+    layout: DimLayout, axes: Axes, precision: GroupPrecision, device: torch.device, resident: bool
+) -> DimBuffer:
+    return DimBuffer(
+        layout,
+        axes.shard,
+        compute=precision.compute,
+        master=precision.master,
+        device=device,
+        resident=resident,
+    )
+
+
+def sharded_parameters(group: ShardGroup) -> list[ShardedParameter]:
+    return [r for r in group.registrations if isinstance(r, ShardedParameter)]
+
+
+@torch.no_grad()
+def deliver(groups: Sequence[ShardGroup]) -> None:
+    """Hand reduced gradients to the sharded parameters. A parameter that no rank used keeps its gradient as it is."""
+    for axes in {id(g.axes): g.axes for g in groups}.values():
+        members = [g for g in groups if g.axes is axes]
+        touched = agree_on_touched(members, axes)
+        for group, used in zip(members, touched, strict=True):
+            shard = group.gradients.shard
+            # A reduction that did not cross replicas leaves its sum inside for a later backward.
+            if shard is None:
+                continue
+            for index, registration in enumerate(sharded_parameters(group)):
+                if index in used:
+                    registration.accept(group.buffer.local(index, shard))
+            group.gradients.shard = None
+            group.gradients.touched.clear()
+
+
+def agree_on_touched(groups: Sequence[ShardGroup], axes: Axes) -> list[set[int]]:
+    """For each group, the parameters that received a gradient on any rank. One all-reduce of a byte a parameter."""
+    flags = torch.zeros(sum(len(g.registrations) for g in groups), dtype=torch.uint8)
+    start = 0
+    for group in groups:
+        for index in group.gradients.touched:
+            flags[start + index] = 1
+        start += len(group.registrations)
+    if groups:
+        flags = axes.all_reduce_control(flags.to(groups[0].buffer.device), "max").cpu()
+    touched, start = [], 0
+    for group in groups:
+        count = len(group.registrations)
+        touched.append({i for i in range(count) if flags[start + i]})
+        start += count
+    return touched
+
+
+@torch.no_grad()
+def resync(group: ShardGroup) -> None:
+    """Take over what was done to the sharded parameters behind the group's back.
+
+    `module.to(...)`, `to_empty`, `load_state_dict(assign=True)` and the like replace tensors; afterwards the group's
+    flat shard holds their values again and each DTensor's local tensor is a view of it.
+    """
+    registrations = sharded_parameters(group)
+    for registration in registrations:
+        home = registration.homes[0]
+        current = home.module._parameters[home.name]
+        if current is not None and current is not registration.sharded and current is not registration.whole:
+            if not isinstance(current, DTensor):
+                raise ShardingError(
+                    f"{registration.fqn} was replaced by a plain tensor; a sharded module takes DTensors: load with "
+                    "torch.distributed.checkpoint.state_dict.set_model_state_dict(..., full_state_dict=True)"
+                )
+            registration.sharded = current
+    locals_ = [r.sharded._local_tensor for r in registrations]  # pyright: ignore[reportAttributeAccessIssue]
+    expected = [group.buffer.local(i, group.buffer.shard) for i in range(len(registrations))]
+    same = all(
+        a.device == b.device and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or not a.numel())
+        for a, b in zip(locals_, expected, strict=True)
+    )
+    if same and not group.buffer.shard.is_meta:
+        group.forget_gathered()
+        return
+    _rebuild(group, registrations, locals_)
+
+
+def _rebuild(group: ShardGroup, registrations: list[ShardedParameter], locals_: list[torch.Tensor]) -> None:
+    dtype, device = locals_[0].dtype, locals_[0].device
+    old = group.precision
+    keep = {old.compute, old.reduce, old.grad} == {old.master}
+    group.precision = (
+        GroupPrecision(dtype, dtype, dtype, dtype)
+        if keep
+        else GroupPrecision(old.compute, old.reduce, dtype, dtype)
+    )
+    layout = group.buffer.layout
+    if not isinstance(layout, DimLayout):
+        raise ShardingError(f"{group.name}: only groups of the code door can be rebuilt in place")
+    real = group.buffer.device if device.type == "meta" else device
+    buffer = _new_buffer(layout, group.axes, group.precision, real, group.resident)
+    buffer.shard = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
+    for index, (registration, local) in enumerate(zip(registrations, locals_, strict=True)):
+        target = buffer.local(index, buffer.shard)
+        target.copy_(local)
+        registration.sharded._local_tensor = target  # pyright: ignore[reportAttributeAccessIssue]
+        registration.replace_whole(buffer.views[index])
+    if not group.resident:
+        buffer.release()
+    group.buffer = buffer
+    divisor, predivide = group.gradients.divisor, group.gradients.predivide
+    group.gradients = GroupGradients(buffer, group.axes, group.precision)
+    group.gradients.divisor, group.gradients.predivide = divisor, predivide
+    group.reset()
+
+
+def copy_parameter(registration: ShardedParameter) -> nn.Parameter:
+    """An independent copy of the sharded parameter, with its gradient and attributes."""
+    old: Any = registration.sharded
+    new = nn.Parameter(
+        registration.spec.wrap(old.to_local().detach().clone()), requires_grad=old.requires_grad
+    )
+    for key, value in vars(old).items():
+        if not hasattr(new, key):
+            setattr(new, key, value)
+    if old.grad is not None:
+        new.grad = registration.spec.wrap(old.grad.to_local().clone())
+    return new
+
+
+def copy_group(group: ShardGroup, homes_of: Callable[[Home], Home], copies: dict[int, Any]) -> ShardGroup:
+    """A group over deep copies of `group`'s sharded parameters; `copies` maps id(parameter) to its copy."""
+    layout = group.buffer.layout
+    if not isinstance(layout, DimLayout):
+        raise ShardingError(f"{group.name}: only groups of the code door can be copied")
+    buffer = _new_buffer(layout, group.axes, group.precision, group.buffer.device, group.resident)
+    buffer.shard = group.buffer.shard.detach().clone()
+    if not group.resident:
+        buffer.release()
+    registrations = []
+    for index, old in enumerate(sharded_parameters(group)):
+        sharded = copies[id(old.sharded)]
+        record = ParameterRecord(old.fqn, old.whole, [homes_of(h) for h in old.homes])
+        new = ShardedParameter(record, buffer.views[index], buffer.local(index, buffer.shard), old.spec)
+        # The copy that deepcopy made is the one other copied objects may refer to (an optimizer's state).
+        sharded._local_tensor = buffer.local(index, buffer.shard)
+        new.sharded = sharded
+        for home in new.homes:
+            home.register(sharded)
+        registrations.append(new)
+    return ShardGroup(group.name, group.sharding, group.axes, group.precision, buffer, registrations)

@@ -1,0 +1,184 @@
+"""ShardGroup: the parameters of one module, of one dtype, gathered and reduced together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from unishard.dist.collectives import Communicator, Pending
+from unishard.dist.mesh import Axes
+from unishard.errors import StateError
+from unishard.sharding.buffer import GroupBuffer
+from unishard.sharding.gradient import GroupGradients, Reduction
+from unishard.sharding.parameter import Registration
+from unishard.sharding.placement import Placement, Sharding
+from unishard.sharding.precision import GroupPrecision
+
+
+class ShardGroup:
+    """One unit of communication.
+
+    At rest the parameters are this rank's `buffer.shard` (and, for presets that replicate them, whole as well).
+    `unshard` starts a gather, `wait` shows the whole parameters in their modules, `reshard` takes them away again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sharding: Sharding,
+        axes: Axes,
+        precision: GroupPrecision,
+        buffer: GroupBuffer,
+        registrations: Sequence[Registration],
+    ) -> None:
+        self.name = name
+        self.sharding = sharding
+        self.axes = axes
+        self.precision = precision
+        self.buffer = buffer
+        self.registrations = list(registrations)
+        self.gradients = GroupGradients(buffer, axes, precision)
+        self.resident = sharding.parameter is Placement.REPLICATE
+        self._pending: Pending | None = None
+        self._gathered = False
+        self._gathered_version = -1
+        self._secondary: tuple[Communicator, torch.Tensor] | None = None
+        self.shown_whole = False
+        self.trainable: frozenset[int] = frozenset()
+        self.refresh_trainable()
+
+    def __repr__(self) -> str:
+        return f"ShardGroup({self.name!r}, {len(self.registrations)} parameters, {self.buffer.layout.describe()})"
+
+    def refresh_trainable(self) -> bool:
+        """Read `requires_grad` again, which users may flip between steps. True if anything changed."""
+        trainable = frozenset(i for i, r in enumerate(self.registrations) if r.visible.requires_grad)
+        changed = trainable != self.trainable
+        self.trainable = trainable
+        return changed
+
+    def adopt(self) -> None:
+        """The buffer was just loaded: resident parameters are whole and current, others released."""
+        if self.resident:
+            self._gathered = True
+            self._gathered_version = self._version()
+        if self.resident and self.registrations[0].in_place:
+            self.show_whole()
+        else:
+            self.shown_whole = True
+            self.show_sharded()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the shard was written since the last gather."""
+        return self._version() != self._gathered_version
+
+    def _version(self) -> int:
+        # Views of the shard share its counter. What is written through a DTensor counts on the DTensor only: its
+        # operators run below the layer that counts for the tensor inside.
+        return self.buffer.shard._version + sum(r.visible._version for r in self.registrations if not r.in_place)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole parameters are in memory, or on their way."""
+        return self._pending is not None or (self._gathered and not (self.resident and self.stale))
+
+    def unshard(self) -> None:
+        """Start gathering the whole parameters, unless they are here or on their way. All ranks call together."""
+        if self.is_whole:
+            return
+        if self.buffer.shard.is_meta:
+            raise StateError(
+                f"{self.name}: parameter {self.registrations[0].fqn} is on the meta device; materialize the model "
+                "first: model.to_empty(device=...) and initialize it, or load a checkpoint"
+            )
+        if self._secondary is not None:
+            comm, piece = self._secondary
+            self.buffer.allocate()
+            with torch.no_grad():
+                self.buffer.full.chunk(comm.size)[comm.rank].copy_(piece)
+            self._pending = comm.all_gather(self.buffer.full)
+            self._secondary = None
+        else:
+            self._pending = self.buffer.gather()
+
+    def wait(self) -> None:
+        """Finish the gather and show the whole parameters in their modules."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+            self._gathered = True
+            self._gathered_version = self._version()
+        self.show_whole()
+
+    def show_whole(self) -> None:
+        if not self.shown_whole:
+            self.shown_whole = True
+            for registration in self.registrations:
+                registration.to_whole()
+
+    def show_sharded(self) -> None:
+        """Show what rests; memory stays as it is."""
+        if self.shown_whole:
+            self.shown_whole = False
+            for registration in self.registrations:
+                registration.to_sharded()
+
+    def reshard(self, keep_within: Communicator | None = None) -> None:
+        """Release the whole parameters. With `keep_within`, hold 1/size of them for a gather inside that subgroup."""
+        if self._pending is not None:
+            self.wait()
+        if self.resident and self.registrations[0].in_place:
+            return
+        self.show_sharded()
+        if self.resident or not self._gathered:
+            return
+        if keep_within is not None and keep_within.size < self.axes.shard.size:
+            piece = self.buffer.full.chunk(keep_within.size)[keep_within.rank].detach().clone()
+            self._secondary = (keep_within, piece)
+        self.buffer.release()
+        self._gathered = False
+
+    def forget_gathered(self) -> None:
+        """The shard changed: gathered copies are out of date."""
+        self._secondary = None
+        self._gathered_version = -1
+        if not self.resident:
+            self.reshard()
+
+    def reset(self) -> None:
+        """The buffer was replaced: nothing is gathered."""
+        self._pending = None
+        self._gathered = False
+        self._gathered_version = -1
+        self._secondary = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trainable parameter has delivered a gradient for the next reduction."""
+        return len(self.gradients.filled) >= len(self.trainable)
+
+    def reduce(self, *, across_replicas: bool = True) -> Reduction:
+        """Start reducing what was collected. All ranks call together, in the same order of groups."""
+        return self.gradients.launch(across_replicas=across_replicas)
+
+    def refresh(self) -> None:
+        """After the optimizer wrote the shard: start bringing resident whole parameters up to date."""
+        self._secondary = None
+        if self.resident:
+            self.unshard()
+        if self.shown_whole:
+            # Graphs built before the update must not use the new values unnoticed.
+            torch.autograd.graph.increment_version([r.whole for r in self.registrations])
+
+    @property
+    def persistent_bytes(self) -> dict[str, int]:
+        """Bytes this rank holds between steps, by kind."""
+        shard = self.buffer.shard.numel() * self.buffer.shard.element_size()
+        full = self.buffer.full.numel() * self.buffer.full.element_size() if self.resident else 0
+        gradient = self.gradients.shard
+        return {
+            "parameters": full if self.buffer.aliased else full + shard,
+            "gradients": 0 if gradient is None else gradient.numel() * gradient.element_size(),
+        }

@@ -1,0 +1,268 @@
+"""The only file that registers hooks: it turns module and autograd events into calls on units and schedules."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from unishard.errors import StateError
+from unishard.sharding.group import ShardGroup
+from unishard.sharding.precision import cast_floating
+from unishard.sharding.schedule import Schedule, in_backward
+from unishard.sharding.unit import Phase, ShardUnit
+
+StartSchedule = Callable[[ShardUnit], Schedule]
+"""Builds the schedule when the outermost unit first runs, and stores it on every unit below."""
+
+
+class UnitHooks:
+    """All hooks of one unit. Everything runs outside compiled regions."""
+
+    def __init__(self, unit: ShardUnit, start: StartSchedule) -> None:
+        self.unit = unit
+        self.start = start
+        unit.hooks = self
+        self._remaining: set[nn.Module] = set()
+        self.handles: list[Any] = []
+        for module in unit.modules:
+            pre, post = ModuleHook(unit, self.pre_forward), ModuleHook(unit, self.post_forward)
+            self.handles.append(module.register_forward_pre_hook(pre, prepend=True, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(post))
+        for group in unit.groups:
+            self.hook_gradients(group)
+
+    # gradients ---------------------------------------------------------------------------------------------
+
+    def hook_gradients(self, group: ShardGroup) -> None:
+        """Listen to every trainable parameter; called again when users flip `requires_grad`."""
+        for index, registration in enumerate(group.registrations):
+            whole = registration.whole
+            if whole.requires_grad and not _listening(whole):
+                hook = GradientHook(self, group, index)
+                self.handles.append(whole.register_post_accumulate_grad_hook(hook))
+
+    def on_gradient(self, group: ShardGroup, index: int) -> None:
+        unit, schedule = self.unit, self.schedule
+        schedule.begin_backward()
+        grad = group.registrations[index].take_grad()
+        if grad is None:
+            return
+        group.gradients.collect(index, grad, reduce_follows=unit.reduce_gradients)
+        if not group.complete:
+            return
+        if unit.reduce_gradients:
+            schedule.queue.ready(group)
+        if unit.reshard_after_backward and not unit.has_frozen:
+            # Every use of every parameter has been differentiated: autograd accumulates a gradient only then.
+            group.reshard()
+            unit.phase = Phase.RESTING
+
+    # forward -----------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.unit.schedule or self.start(self.unit)
+
+    @torch._dynamo.disable
+    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._remaining:
+            self._remaining = set(self.unit.modules)
+            self._enter()
+        unit = self.unit
+        if unit.policy.cast_forward_inputs and unit.policy.param_dtype is not None:
+            args, kwargs = cast_floating((args, kwargs), unit.policy.param_dtype)
+        if unit.has_frozen and torch.is_grad_enabled():
+            self._watch_inputs((args, kwargs))
+        return args, kwargs
+
+    def _enter(self) -> None:
+        unit, schedule = self.unit, self.schedule
+        if in_backward():
+            # A recomputation: parameters stay until this unit's backward is over, and no order is recorded.
+            schedule.begin_backward()
+            unit.phase = Phase.BACKWARD
+            unit.unshard()
+            unit.wait()
+            self.rehook()
+            return
+        schedule.enter_forward(unit)
+        unit.phase = Phase.FORWARD
+        unit.unshard()
+        unit.wait()
+        self.rehook()
+        schedule.prefetch_forward(unit)
+
+    def rehook(self) -> None:
+        for group in self.unit.groups:
+            for registration in group.registrations:
+                whole = registration.whole
+                if whole.requires_grad and not _listening_last(whole):
+                    self.hook_gradients(group)
+
+    @torch._dynamo.disable
+    def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._remaining.discard(module)
+        unit = self.unit
+        if not self._remaining and not in_backward():
+            self._leave(output)
+        elif torch.is_grad_enabled() and not in_backward():
+            self._watch_outputs(output)
+        return cast_floating(output, unit.policy.output_dtype)
+
+    def _leave(self, output: Any) -> None:
+        unit, schedule = self.unit, self.schedule
+        if torch.is_grad_enabled():
+            self._watch_outputs(output)
+        unit.phase = Phase.RESTING
+        if unit.releases_after_forward:
+            unit.reshard(after_forward=True)
+        schedule.leave_forward(unit)
+
+    # backward ----------------------------------------------------------------------------------------------
+
+    def _watch_outputs(self, output: Any) -> None:
+        for leaf in _gradient_tensors(output):
+            leaf.register_hook(self._pre_backward)
+
+    def _pre_backward(self, grad: torch.Tensor) -> torch.Tensor:
+        unit, schedule = self.unit, self.schedule
+        schedule.begin_backward()
+        if unit.phase is not Phase.BACKWARD:
+            unit.phase = Phase.BACKWARD
+            if unit.unshard_in_backward:
+                unit.unshard()
+                unit.wait()
+            schedule.prefetch_backward(unit)
+        return grad
+
+    def _watch_inputs(self, inputs: Any) -> None:
+        """Frozen parameters are needed until the gradients of the inputs are known; no gradient of theirs tells."""
+        leaves = _gradient_tensors(inputs)
+        if not leaves:
+            return
+        self.unit.open_calls += 1
+        call = _OpenCall(self.unit, len(leaves))
+        for leaf in leaves:
+            leaf.register_hook(call.input_done)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+class _OpenCall:
+    """One forward call whose backward is under way until every input has its gradient."""
+
+    def __init__(self, unit: ShardUnit, inputs: int) -> None:
+        self._unit = unit
+        self._inputs = inputs
+
+    def input_done(self, grad: torch.Tensor) -> torch.Tensor:
+        self._inputs -= 1
+        if self._inputs == 0:
+            unit = self._unit
+            unit.open_calls -= 1
+            if unit.open_calls == 0 and unit.reshard_after_backward:
+                unit.reshard()
+                unit.phase = Phase.RESTING
+        return grad
+
+
+class ModuleHook:
+    """A hook that a deep copy of its module does not inherit: the copy has no unit."""
+
+    def __init__(self, unit: ShardUnit, call: Callable[..., Any]) -> None:
+        self._unit = unit
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        for group in self._unit.groups:
+            if group.registrations[0].in_place and not group.shown_whole:
+                raise StateError(
+                    f"deepcopy of {self._unit.name!r}: parameter {group.registrations[0].fqn} is released between "
+                    "steps and a copy of it would be empty; copy inside `with unishard.gather(module.parameters()):`"
+                )
+        return _nothing
+
+
+def is_inert(hook: Any) -> bool:
+    """Whether `hook` is what a deep copy holds in the place of one of ours."""
+    return getattr(hook, "hook", hook) is _nothing
+
+
+class StateDictHooks:
+    """A state dict shows sharded parameters, and loading one may replace them."""
+
+    def __init__(self, unit: ShardUnit, module: nn.Module) -> None:
+        self._unit = unit
+        show = ModuleHook(unit, self._show_sharded)
+        module.register_state_dict_pre_hook(show)
+        module.register_load_state_dict_pre_hook(show)
+        module.register_load_state_dict_post_hook(ModuleHook(unit, self._loaded))
+
+    def _show_sharded(self, *args: Any) -> None:
+        for group in self._unit.groups:
+            group.show_sharded()
+
+    def _loaded(self, *args: Any) -> None:
+        from unishard.sharding.dtensor import resync
+
+        for group in self._unit.groups:
+            resync(group)
+
+
+class GradientHook:
+    """Takes a parameter's fresh gradient the moment autograd has it."""
+
+    def __init__(self, hooks: UnitHooks, group: ShardGroup, index: int) -> None:
+        self._hooks = hooks
+        self._group = group
+        self._index = index
+
+    def __call__(self, param: torch.Tensor) -> None:
+        self._hooks.on_gradient(self._group, self._index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[torch.Tensor], None]:
+        return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def _post_accumulate_hooks(param: torch.Tensor) -> OrderedDict[int, Any]:
+    return getattr(param, "_post_accumulate_grad_hooks", None) or OrderedDict()
+
+
+def _listening(param: torch.Tensor) -> bool:
+    return any(isinstance(hook, GradientHook) for hook in _post_accumulate_hooks(param).values())
+
+
+def _listening_last(param: torch.Tensor) -> bool:
+    """Whether we listen, and after all hooks of the user's, who expect to find the gradient in place."""
+    hooks = _post_accumulate_hooks(param)
+    if not hooks:
+        return False
+    last = next(reversed(hooks))
+    if isinstance(hooks[last], GradientHook):
+        return True
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, GradientHook):
+            hooks.move_to_end(key)
+            return True
+    return False
+
+
+def _gradient_tensors(tree: Any) -> list[torch.Tensor]:
+    return [
+        leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]

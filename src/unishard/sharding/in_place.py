@@ -1,0 +1,88 @@
+"""Sharding a whole model with the user's own parameter objects: what the config door stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from unishard.dist.mesh import Axes
+from unishard.errors import ShardingError
+from unishard.sharding.build import ShardPlan, build_unit, in_place_group
+from unishard.sharding.group import ShardGroup
+from unishard.sharding.schedule import Schedule
+from unishard.sharding.unit import ShardUnit, units_under
+from unishard.sharding.wrap import assign_parameters, choose_modules
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model sharded in place: its root, and every unit and group below, root first."""
+
+    module: nn.Module
+    schedule: Schedule
+
+    @property
+    def units(self) -> list[ShardUnit]:
+        return self.schedule.units
+
+    @property
+    def groups(self) -> list[ShardGroup]:
+        return self.schedule.groups
+
+
+def shard_in_place(
+    model: nn.Module,
+    plan: ShardPlan,
+    modules: Iterable[tuple[str, nn.Module]] | None = None,
+) -> ShardedModel:
+    """Shard every parameter of `model` under `plan`, one unit for each of `modules` and one for the rest.
+
+    `modules` defaults to `choose_modules(model)`. All ranks call together. Raises `ShardingError` if part of the model
+    is sharded already.
+    """
+    for unit in units_under(model):
+        raise ShardingError(
+            f"module {unit.name or type(unit.modules[0]).__name__!r} is already sharded; a parameter cannot be sharded "
+            "twice: build a fresh model, or continue with the one that was sharded"
+        )
+    chosen = assign_parameters(model, choose_modules(model) if modules is None else modules)
+    units: list[ShardUnit] = []
+
+    def started(unit: ShardUnit) -> Schedule:
+        return schedule
+
+    for choice in chosen:
+        name = choice.name or type(model).__name__
+        units.append(build_unit(name, [choice.module], choice.records, plan, in_place_group(plan), started))
+    schedule = Schedule(units[0], units)
+    for unit in units:
+        unit.schedule = schedule
+    broadcast_buffers(model, plan.axes)
+    return ShardedModel(model, schedule)
+
+
+@torch.no_grad()
+def broadcast_buffers(model: nn.Module, axes: Axes) -> None:
+    """Give every rank the first rank's buffers, non-persistent ones included."""
+    seen: set[int] = set()
+    for buffer in model.buffers():
+        if id(buffer) not in seen and not buffer.is_meta:
+            seen.add(id(buffer))
+            value = buffer.contiguous()
+            axes.broadcast(value)
+            if value is not buffer:
+                buffer.copy_(value)
+
+
+def groups_holding(model: nn.Module, params: Sequence[nn.Parameter]) -> list[ShardGroup]:
+    """The groups that hold any of `params`, in schedule order."""
+    wanted = {id(p) for p in params}
+    return [
+        group
+        for unit in units_under(model)
+        for group in unit.groups
+        if any(id(r.visible) in wanted or id(r.whole) in wanted for r in group.registrations)
+    ]

@@ -1,0 +1,239 @@
+"""One parameter of a group: its homes in modules, and how it appears there while whole and while sharded.
+
+Two registrations over one buffer. The config door keeps the user's `Parameter` objects and points their data at the
+gathered memory or at nothing, as DeepSpeed's users expect. The code door registers a DTensor while sharded and a plain
+`Parameter` while whole, as FSDP2's users expect.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from unishard.errors import ShardingError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+
+@dataclass(frozen=True)
+class Home:
+    """A module attribute that holds a parameter; tied weights have several."""
+
+    module: nn.Module
+    name: str
+
+    def register(self, param: nn.Parameter) -> None:
+        self.module._parameters[self.name] = param
+
+
+@dataclass
+class ParameterRecord:
+    """A parameter as found in the model, before it is sharded."""
+
+    fqn: str
+    param: nn.Parameter
+    homes: list[Home] = field(default_factory=list)
+
+    @property
+    def local(self) -> torch.Tensor:
+        """What is laid out: the tensor itself, or this rank's part of a tensor-parallel DTensor."""
+        data = self.param.detach()
+        return data.to_local() if is_dtensor(data) else data
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing `torch.distributed.tensor` to find out."""
+    return hasattr(tensor, "_spec") and type(tensor).__name__ == "DTensor"
+
+
+def find_parameters(
+    modules: list[nn.Module],
+    prefix_of: dict[nn.Module, str],
+    ignored: set[nn.Parameter],
+    skip: set[nn.Module],
+) -> list[ParameterRecord]:
+    """Every parameter under `modules` once, with all its homes, in module order; not below modules in `skip`."""
+    found: dict[nn.Parameter, ParameterRecord] = {}
+    visited: set[nn.Module] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if module in visited or module in skip:
+            return
+        visited.add(module)
+        for name, param in module._parameters.items():
+            if param is None or param in ignored:
+                continue
+            record = found.setdefault(param, ParameterRecord(prefix + name, param))
+            record.homes.append(Home(module, name))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.")
+
+    for module in modules:
+        visit(module, prefix_of.get(module, ""))
+    return list(found.values())
+
+
+class Registration(ABC):
+    """How one parameter shows in its modules. `whole` is the tensor that computes and collects a gradient."""
+
+    in_place: bool
+    """Whether users keep the same object, so that resident parameters are simply always whole."""
+
+    def __init__(self, record: ParameterRecord) -> None:
+        self.fqn = record.fqn
+        self.homes = record.homes
+        self._original = weakref.ref(record.param)
+
+    def original(self) -> nn.Parameter | None:
+        """The user's parameter that this one was made from, while anybody still holds it."""
+        return self._original()
+
+    @property
+    @abstractmethod
+    def visible(self) -> nn.Parameter:
+        """The parameter that users see at rest; its `requires_grad` is theirs to flip."""
+
+    @property
+    @abstractmethod
+    def whole(self) -> nn.Parameter:
+        """The parameter that takes part in compute."""
+
+    @abstractmethod
+    def to_whole(self) -> None: ...
+
+    @abstractmethod
+    def to_sharded(self) -> None: ...
+
+    def take_grad(self) -> torch.Tensor | None:
+        """The fresh local gradient, removed from the parameter so that autograd's next one is fresh as well."""
+        grad, self.whole.grad = self.whole.grad, None
+        return None if grad is None else self.localize(grad)
+
+    def localize(self, grad: torch.Tensor) -> torch.Tensor:
+        if grad.layout is not torch.strided:
+            return grad.to_dense()
+        return grad
+
+
+class InPlaceParameter(Registration):
+    """The user's own object: data is a view of the gathered buffer, or an empty tensor while released."""
+
+    in_place = True
+
+    def __init__(self, record: ParameterRecord, view: torch.Tensor) -> None:
+        super().__init__(record)
+        if is_dtensor(record.param):
+            raise ShardingError(
+                f"{record.fqn}: tensor-parallel DTensor parameters go through unishard.fully_shard, which keeps them "
+                "DTensors; the config door shards plain parameters"
+            )
+        self._param = record.param
+        self._view = view
+        self._empty = torch.empty(0, dtype=view.dtype, device=view.device)
+
+    @property
+    def visible(self) -> nn.Parameter:
+        return self._param
+
+    @property
+    def whole(self) -> nn.Parameter:
+        return self._param
+
+    def to_whole(self) -> None:
+        self._param.data = self._view
+
+    def to_sharded(self) -> None:
+        self._param.data = self._empty
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What a parameter was before it was sharded along the data-parallel axes: a DTensor on its own mesh."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def tensor_parallel_of(param: torch.Tensor) -> TensorParallel | None:
+    if not is_dtensor(param):
+        return None
+    dtensor: Any = param
+    return TensorParallel(dtensor.device_mesh, tuple(dtensor.placements), dtensor.shape, dtensor.stride())
+
+
+class SwappedParameter(Registration):
+    """A DTensor at rest and a plain parameter in compute, swapped in every home."""
+
+    in_place = False
+
+    def __init__(self, record: ParameterRecord, view: torch.Tensor, sharded: nn.Parameter) -> None:
+        super().__init__(record)
+        self.tensor_parallel = tensor_parallel_of(record.param)
+        self.sharded = sharded
+        self._whole = self._make_whole(view, record.param)
+        self.is_whole = False
+        for home in self.homes:
+            home.register(sharded)
+
+    def _make_whole(self, view: torch.Tensor, original: nn.Parameter) -> nn.Parameter:
+        if self.tensor_parallel is not None:
+            from torch.distributed.tensor import DTensor
+
+            tp = self.tensor_parallel
+            view = DTensor.from_local(
+                view, tp.mesh, tp.placements, run_check=False, shape=tp.shape, stride=tp.stride
+            )
+        whole = nn.Parameter(view, requires_grad=original.requires_grad)
+        _copy_attributes(original, whole)
+        return whole
+
+    def replace_whole(self, view: torch.Tensor) -> None:
+        """Compute with new memory from now on; the module must show the sharded parameter."""
+        self._whole = self._make_whole(view, self._whole)
+
+    @property
+    def visible(self) -> nn.Parameter:
+        return self.sharded
+
+    @property
+    def whole(self) -> nn.Parameter:
+        return self._whole
+
+    def to_whole(self) -> None:
+        if not self.is_whole:
+            self.is_whole = True
+            if self._whole.requires_grad != self.sharded.requires_grad:
+                self._whole.requires_grad_(self.sharded.requires_grad)
+            for home in self.homes:
+                home.register(self._whole)
+
+    def to_sharded(self) -> None:
+        if self.is_whole:
+            self.is_whole = False
+            for home in self.homes:
+                home.register(self.sharded)
+
+    def localize(self, grad: torch.Tensor) -> torch.Tensor:
+        if self.tensor_parallel is not None and is_dtensor(grad):
+            dtensor: DTensor = grad  # pyright: ignore[reportAssignmentType]
+            if tuple(dtensor.placements) != self.tensor_parallel.placements:
+                dtensor = dtensor.redistribute(placements=self.tensor_parallel.placements)
+            return dtensor.to_local()
+        return super().localize(grad)
+
+
+def _copy_attributes(source: nn.Parameter, target: nn.Parameter) -> None:
+    """Carry over what users or libraries hung on a parameter (`is_embedding`, ...)."""
+    for key, value in vars(source).items():
+        if not hasattr(target, key):
+            setattr(target, key, value)

@@ -1,0 +1,72 @@
+"""FSDP2's policy objects under their usual names; torch's own instances are accepted wherever these are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unishard.errors import ShardingError, UnsupportedError
+from unishard.sharding.precision import MixedPrecision
+
+
+@dataclass(frozen=True)
+class MixedPrecisionPolicy:
+    """Dtypes of a sharded module, with the fields and defaults of `torch.distributed.fsdp.MixedPrecisionPolicy`.
+
+    `None` keeps the parameter's own dtype; `reduce_dtype` then follows `param_dtype`. Parameters rest, and gradients
+    accumulate, in the dtype that the parameters were created with.
+
+    >>> MixedPrecisionPolicy(param_dtype=torch.bfloat16).cast_forward_inputs
+    True
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    cast_forward_inputs: bool = True
+
+
+@dataclass(frozen=True)
+class OffloadPolicy:
+    """Nothing is offloaded."""
+
+
+@dataclass(frozen=True)
+class CPUOffloadPolicy(OffloadPolicy):
+    """Sharded states rest in host memory; meaningful with an accelerator, accepted without one."""
+
+    pin_memory: bool = True
+
+
+def as_mixed_precision(policy: Any) -> MixedPrecision:
+    """Read unishard's or torch's policy object. Raises `ShardingError` for anything else."""
+    if isinstance(policy, MixedPrecision):
+        return policy
+    try:
+        return MixedPrecision(
+            param_dtype=policy.param_dtype,
+            reduce_dtype=policy.reduce_dtype,
+            output_dtype=policy.output_dtype,
+            cast_forward_inputs=policy.cast_forward_inputs,
+        )
+    except AttributeError as missing:
+        raise ShardingError(
+            f"mp_policy={policy!r} is not a mixed-precision policy ({missing}); pass unishard.MixedPrecisionPolicy or "
+            "torch.distributed.fsdp.MixedPrecisionPolicy"
+        ) from None
+
+
+def require_supported_offload(policy: Any, device: torch.device) -> None:
+    """Raise `UnsupportedError` for offload that this version does not do; on a CPU there is nothing to move."""
+    name = type(policy).__name__
+    if name not in ("OffloadPolicy", "CPUOffloadPolicy"):
+        raise ShardingError(
+            f"offload_policy={policy!r} is unknown; pass unishard.CPUOffloadPolicy or OffloadPolicy"
+        )
+    if name == "CPUOffloadPolicy" and device.type != "cpu":
+        raise UnsupportedError(
+            f"CPUOffloadPolicy on {device.type}: offload is not available in this version; use sharding=ZERO3 with "
+            "more ranks, or smaller dtypes (mp_policy), to save device memory"
+        )

@@ -1,0 +1,266 @@
+"""When groups are gathered and reduced: one schedule per root module, shared by every unit below it.
+
+Collectives pair up by order, so every order here is one that all ranks share. Gathers follow the order in which
+modules run, which ranks have in common. Gradients arrive in an order that ranks do not always share (a branch that
+only some take), so reductions leave in a fixed sequence: a group that is ready early waits for its turn, one that
+never becomes ready is reduced at the end of backward with zeros in the gaps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from unishard.dist.mesh import Axes
+from unishard.sharding.gradient import Reduction
+from unishard.sharding.group import ShardGroup
+from unishard.sharding.unit import Phase, ShardUnit
+
+# Two reductions overlap with backward; a third would hold a third group's buffers for nothing.
+MAX_REDUCTIONS_IN_FLIGHT = 2
+# Forwards recorded without any backward in between (an evaluation with gradients on) are forgotten past this.
+_MAX_RECORDED_FORWARDS = 8
+
+
+def in_backward() -> bool:
+    """Whether autograd is running on this thread: a forward now is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class ReductionQueue:
+    """Launches each group's reduction in the agreed sequence and keeps few in flight."""
+
+    def __init__(self, sequence: Sequence[ShardGroup]) -> None:
+        self.sequence = list(sequence)
+        self.completed: list[ShardGroup] = []
+        """Order in which groups became ready in this backward."""
+        self._across: dict[ShardGroup, bool] = {}
+        self._position = 0
+        self._ready: set[ShardGroup] = set()
+        self._in_flight: deque[Reduction] = deque()
+
+    def restart(self, groups: Sequence[tuple[ShardGroup, bool]]) -> None:
+        """Begin a backward in which exactly `groups` are reduced, each with whether to go across replicas."""
+        self._across = dict(groups)
+        self._position = 0
+        self._ready.clear()
+        self.completed.clear()
+
+    def ready(self, group: ShardGroup) -> None:
+        """All of `group`'s gradients are in; launch whatever has its turn."""
+        if group not in self._across or group in self._ready:
+            return
+        self._ready.add(group)
+        self.completed.append(group)
+        while self._position < len(self.sequence):
+            head = self.sequence[self._position]
+            if head in self._across and head not in self._ready:
+                return
+            self._position += 1
+            if head in self._across:
+                self._launch(head)
+
+    @property
+    def active(self) -> bool:
+        """Whether this backward reduces anything; the same on all ranks."""
+        return bool(self._across)
+
+    def _launch(self, group: ShardGroup) -> None:
+        while len(self._in_flight) >= MAX_REDUCTIONS_IN_FLIGHT:
+            self._in_flight.popleft().finish()
+        # The second phase of an older reduction starts in the same place on every rank, so that it pairs up.
+        for reduction in self._in_flight:
+            if reduction.has_next_phase:
+                reduction.advance()
+        self._in_flight.append(group.reduce(across_replicas=self._across[group]))
+
+    def flush(self) -> None:
+        """Launch every group of this backward that is still waiting, then finish all."""
+        for group in self.sequence[self._position :]:
+            if group in self._across:
+                self._launch(group)
+        self._position = len(self.sequence)
+        for group in self.sequence:
+            # Nested backwards (reentrant checkpointing) may deliver to a group that has already left.
+            if group in self._across and group.gradients.whole is not None:
+                self._launch(group)
+        while self._in_flight:
+            self._in_flight.popleft().finish()
+
+    def abandon(self) -> None:
+        """Drop what a failed backward left; its collectives are still waited for."""
+        while self._in_flight:
+            self._in_flight.popleft().finish()
+        self._across.clear()
+        self._ready.clear()
+
+
+class Schedule:
+    """The order of gathers and reductions under one root."""
+
+    def __init__(
+        self,
+        root: ShardUnit,
+        units: Sequence[ShardUnit],
+        deliver: Callable[[Sequence[ShardGroup]], None] = lambda groups: None,
+    ) -> None:
+        """`deliver` is called at the end of each backward with the groups whose reduced gradients are complete."""
+        self.root = root
+        self.deliver = deliver
+        self.units = list(units)
+        self.groups = [group for unit in self.units for group in unit.groups]
+        self.queue = ReductionQueue([g for unit in reversed(self.units) for g in unit.groups])
+        self.axes: list[Axes] = list({id(g.axes): g.axes for g in self.groups}.values())
+        self.prefetch = True
+        self.training = True
+        """Whether the forward under way began with gradients enabled."""
+        self.backward_active = False
+        self._expected: list[ShardUnit] = self.units[:]
+        self._current: list[ShardUnit] = []
+        self._position = 0
+        self._ran: list[ShardUnit] = []
+        self._depth = 0
+        self._order_agreed = False
+
+    # forward -----------------------------------------------------------------------------------------------
+
+    def enter_forward(self, unit: ShardUnit) -> None:
+        if unit is self.root or self._depth <= 0:
+            self._begin_forward()
+        self._depth += 1
+        self._current.append(unit)
+
+    def _begin_forward(self) -> None:
+        self._depth = 0
+        self._position = 0
+        self._current = []
+        self.training = torch.is_grad_enabled()
+        if self.backward_active:
+            self.recover()
+        if len(self._ran) > _MAX_RECORDED_FORWARDS * len(self.units):
+            self._ran = self._ran[-len(self.units) :]
+        for unit in self.units:
+            for group in unit.groups:
+                group.refresh_trainable()
+
+    def prefetch_forward(self, unit: ShardUnit) -> None:
+        """Start the gather of the unit that ran after this one last time (at first: in module order)."""
+        if unit.forward_prefetch is not None:
+            for target in unit.forward_prefetch:
+                target.unshard()
+            return
+        if not self.prefetch or self._current[0] is not self.root:
+            return
+        position = _find(self._expected, unit, self._position)
+        if position is None:
+            return
+        self._position = position + 1
+        if self._position < len(self._expected):
+            self._expected[self._position].unshard()
+
+    def leave_forward(self, unit: ShardUnit) -> None:
+        self._depth -= 1
+        if self.training:
+            self._ran.append(unit)
+        if self._depth > 0:
+            return
+        if not self.training:
+            for other in self.units:
+                other.reshard()
+        elif unit is self.root:
+            ran = set(self._current)
+            for other in self.units:
+                if (
+                    other not in ran
+                ):  # prefetched after the order of the previous step, and not run in this one
+                    other.reshard()
+        if unit is self.root:
+            self._expected = self._current
+
+    # backward ----------------------------------------------------------------------------------------------
+
+    def begin_backward(self) -> None:
+        """Called from the first hook of a backward; queues `end_backward` behind everything autograd will run."""
+        if self.backward_active:
+            return
+        self.backward_active = True
+        torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self.queue.restart(
+            [
+                (group, unit.reduce_across_replicas)
+                for unit in self.units
+                if unit.reduce_gradients
+                for group in unit.groups
+                if group.trainable
+            ]
+        )
+
+    def prefetch_backward(self, unit: ShardUnit) -> None:
+        if unit.backward_prefetch is not None:
+            for target in unit.backward_prefetch:
+                target.unshard()
+            return
+        if not self.prefetch:
+            return
+        if unit not in self._ran:
+            return
+        while self._ran.pop() is not unit:
+            pass
+        if self._ran:
+            self._ran[-1].unshard()
+
+    def end_backward(self) -> None:
+        """Reduce what is left, hand out gradients, release parameters."""
+        self.queue.flush()
+        self._agree_on_order()
+        self.backward_active = False
+        for unit in self.units:
+            unit.phase = Phase.RESTING
+            unit.open_calls = 0
+            if unit.reshard_after_backward:
+                unit.reshard()
+        self._ran.clear()
+        self.deliver([g for unit in self.units if unit.reduce_gradients for g in unit.groups if g.trainable])
+
+    def _agree_on_order(self) -> None:
+        """After the first backward that reduced, take rank 0's order of completion for all later ones."""
+        if self._order_agreed or not self.queue.active:
+            return
+        self._order_agreed = True
+        if len(self.axes) > 1:
+            return  # no axis spans all ranks that would have to agree; module order stays
+        index = {group: i for i, group in enumerate(self.groups)}
+        order = [index[group] for group in self.queue.completed]
+        order += [i for i in range(len(self.groups)) if i not in set(order)]
+        axes = self.axes[0]
+        order = axes.shard.broadcast_object(axes.replicate.broadcast_object(order))
+        self.queue.sequence = [self.groups[i] for i in order]
+
+    def reduce_pending(self) -> None:
+        """Reduce sums that earlier backwards kept local, on all ranks alike."""
+        pending = [g for g in self.groups if g.gradients.unreduced]
+        self.queue.restart([(g, True) for g in pending])
+        self.queue.flush()
+        self.deliver(pending)
+
+    def recover(self) -> None:
+        """Forget a backward that an exception cut short."""
+        self.backward_active = False
+        self.queue.abandon()
+        self._ran.clear()
+        for unit in self.units:
+            unit.phase = Phase.RESTING
+            unit.open_calls = 0
+            for group in unit.groups:
+                group.gradients.whole = None
+                group.gradients.filled.clear()
+
+
+def _find(sequence: Sequence[ShardUnit], unit: ShardUnit, start: int) -> int | None:
+    """Where `unit` stands in `sequence`, looking from `start` on and then from the beginning."""
+    for position in [*range(start, len(sequence)), *range(start)]:
+        if sequence[position] is unit:
+            return position
+    return None

@@ -1,0 +1,123 @@
+"""Which modules become units of their own: repeated blocks first, then by size."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from unishard.sharding.parameter import Home, ParameterRecord, find_parameters
+
+log = logging.getLogger("unishard")
+
+LARGE_MODULE = 100_000_000
+"""Elements above which a module that is not part of a repeated block gets a unit of its own."""
+
+
+@dataclass(frozen=True)
+class ChosenUnit:
+    """A module that will be gathered on its own, and the parameters it owns."""
+
+    name: str
+    module: nn.Module
+    records: list[ParameterRecord]
+
+
+def choose_modules(model: nn.Module, large: int = LARGE_MODULE) -> list[tuple[str, nn.Module]]:
+    """The modules below `model` that deserve their own gather, outermost first.
+
+    Two or more siblings of one class, each with parameters, are blocks of a repeated stack (the outermost such stack
+    counts). Elsewhere a module of more than `large` elements is split off.
+    """
+    chosen: list[tuple[str, nn.Module]] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        children = [(name, child) for name, child in module.named_children() if _numel(child)]
+        kinds = Counter(type(child) for _, child in children)
+        for name, child in children:
+            repeated = kinds[type(child)] > 1 and _is_block(module, child)
+            if repeated or (not any(child.children()) and _numel(child) > large):
+                chosen.append((prefix + name, child))
+            else:
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return chosen
+
+
+def _is_block(parent: nn.Module, child: nn.Module) -> bool:
+    """A block of a stack: a container's child with structure of its own, not three projections that are all Linear."""
+    return isinstance(parent, nn.ModuleList | nn.Sequential | nn.ModuleDict) and any(
+        True for _ in child.children()
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def assign_parameters(
+    model: nn.Module,
+    modules: Iterable[tuple[str, nn.Module]],
+    ignored: set[nn.Parameter] | None = None,
+) -> list[ChosenUnit]:
+    """Give every parameter to the innermost chosen module that contains all its homes; the root gets the rest.
+
+    Returns the root first, then the chosen modules in order. A parameter tied across units goes to their outermost
+    common one, with one log line.
+    """
+    root = ChosenUnit("", model, [])
+    units = {id(module): ChosenUnit(name, module, []) for name, module in modules if module is not model}
+    owners = _owners_by_module(model, units, root)
+    for record in find_parameters([model], {}, ignored or set(), set()):
+        paths = [owners[id(home.module)] for home in record.homes]
+        owner = _common(paths)
+        if any(path[-1] is not owner for path in paths):
+            homes = ", ".join(_home_name(model, home) for home in record.homes)
+            log.info(
+                "unishard: %s is tied (%s); it is gathered with %s",
+                record.fqn,
+                homes,
+                owner.name or "the root module",
+            )
+        owner.records.append(record)
+    return [root, *units.values()]
+
+
+def _owners_by_module(
+    model: nn.Module, units: dict[int, ChosenUnit], root: ChosenUnit
+) -> dict[int, tuple[ChosenUnit, ...]]:
+    """For each module the chain of units around it, outermost first."""
+    owners: dict[int, tuple[ChosenUnit, ...]] = {}
+
+    def visit(module: nn.Module, chain: tuple[ChosenUnit, ...]) -> None:
+        unit = units.get(id(module))
+        chain = (*chain, unit) if unit is not None and unit not in chain else chain
+        if id(module) in owners:
+            # Reached on a second path (a shared module): only the units on both paths surely run.
+            chain = tuple(a for a, b in zip(owners[id(module)], chain, strict=False) if a is b)
+        owners[id(module)] = chain
+        for child in module.children():
+            visit(child, chain)
+
+    visit(model, (root,))
+    return owners
+
+
+def _common(paths: Sequence[tuple[ChosenUnit, ...]]) -> ChosenUnit:
+    common = paths[0][0]
+    for level in zip(*paths, strict=False):
+        if any(unit is not level[0] for unit in level):
+            break
+        common = level[0]
+    return common
+
+
+def _home_name(model: nn.Module, home: Home) -> str:
+    for name, module in model.named_modules():
+        if module is home.module:
+            return f"{name}.{home.name}" if name else home.name
+    return home.name
