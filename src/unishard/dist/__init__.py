@@ -1,0 +1,1 @@
+"""Process groups, meshes and collectives: everything that talks to other ranks."""
