@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,10 @@ class UnitHooks:
 
     @torch._dynamo.disable
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._remaining:
+        # What an exception or an early-stopped recomputation left in `_remaining` must not hide a new call.
+        if in_backward():
+            self._enter_recomputation()
+        elif module not in self._remaining or len(self.unit.modules) == 1:
             self._remaining = set(self.unit.modules)
             self._enter()
         unit = self.unit
@@ -80,16 +84,16 @@ class UnitHooks:
             self._watch_inputs((args, kwargs))
         return args, kwargs
 
+    def _enter_recomputation(self) -> None:
+        """Parameters stay until this unit's backward is over, and no order is recorded."""
+        self.schedule.begin_backward()
+        self.unit.phase = Phase.BACKWARD
+        self.unit.unshard()
+        self.unit.wait()
+        self.rehook()
+
     def _enter(self) -> None:
         unit, schedule = self.unit, self.schedule
-        if in_backward():
-            # A recomputation: parameters stay until this unit's backward is over, and no order is recorded.
-            schedule.begin_backward()
-            unit.phase = Phase.BACKWARD
-            unit.unshard()
-            unit.wait()
-            self.rehook()
-            return
         schedule.enter_forward(unit)
         unit.phase = Phase.FORWARD
         unit.unshard()
@@ -263,6 +267,10 @@ def _listening_last(param: torch.Tensor) -> bool:
 
 
 def _gradient_tensors(tree: Any) -> list[torch.Tensor]:
-    return [
-        leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-    ]
+    found: list[torch.Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            found += [leaf] if leaf.requires_grad else []
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _gradient_tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return found
