@@ -30,6 +30,9 @@ class GroupGradients:
         self.all_reduce_hook: Callable[[torch.Tensor], None] | None = None
         self.whole: torch.Tensor | None = None
         self.filled: set[int] = set()
+        """Parameters that `whole` holds a gradient of, from this backward or an earlier one."""
+        self.arrived: set[int] = set()
+        """Parameters that delivered a gradient in this backward."""
         self.replica_partial: torch.Tensor | None = None
         self.shard: torch.Tensor | None = None
         self.touched: set[int] = set()
@@ -50,6 +53,7 @@ class GroupGradients:
             grad = grad / self.predivide
         self.buffer.write(self.whole, index, grad, accumulate=index in self.filled)
         self.filled.add(index)
+        self.arrived.add(index)
         self.touched.add(index)
 
     @torch.no_grad()

@@ -156,8 +156,8 @@ class ShardGroup:
 
     @property
     def complete(self) -> bool:
-        """Whether every trainable parameter has delivered a gradient for the next reduction."""
-        return len(self.gradients.filled) >= len(self.trainable)
+        """Whether every trainable parameter has delivered its gradient of this backward."""
+        return len(self.gradients.arrived) >= len(self.trainable)
 
     def reduce(self, *, across_replicas: bool = True) -> Reduction:
         """Start reducing what was collected. All ranks call together, in the same order of groups."""

@@ -186,6 +186,8 @@ class Schedule:
         if self.backward_active:
             return
         self.backward_active = True
+        for group in self.groups:
+            group.gradients.arrived.clear()
         torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
         self.queue.restart(
             [
