@@ -18,7 +18,7 @@ from unishard.sharding.dtensor import PlacementFn, deliver, swapped_group
 from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class
 from unishard.sharding.hooks import StateDictHooks
 from unishard.sharding.in_place import broadcast_buffers
-from unishard.sharding.parameter import ParameterRecord, find_parameters
+from unishard.sharding.parameter import ParameterRecord, find_parameters, taken_by
 from unishard.sharding.placement import ZERO3, Placement, Sharding, preset
 from unishard.sharding.policies import (
     MixedPrecisionPolicy,
@@ -101,7 +101,7 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
                 f"fully_shard has already been applied to this {type(module).__name__}; a parameter cannot be sharded "
                 "twice: apply it once to each module, inner ones first"
             )
-        if type(module).forward in (nn.ModuleList.forward, nn.ModuleDict.forward):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
             raise ShardingError(
                 f"fully_shard does not support containers that do not implement forward, such as "
                 f"{type(module).__name__}; apply it to the modules inside"
@@ -160,20 +160,13 @@ def _records(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> list[P
     }
     prefixes = {} if len(modules) == 1 else {m: f"{i}." for i, m in enumerate(modules)}
     records = find_parameters(list(modules), prefixes, ignored, skip)
-    taken = {
-        id(original): r.fqn
-        for module in modules
-        for unit in units_under(module)
-        for g in unit.groups
-        for r in g.registrations
-        if (original := r.original()) is not None
-    }
     for record in records:
-        if id(record.param) in taken:
+        taken = taken_by(record.param)
+        if taken is not None:
             raise ShardingError(
-                f"{record.fqn} is tied to {taken[id(record.param)]}, which an inner fully_shard has taken already; a "
-                "parameter cannot be sharded twice: shard the modules that share it in one call, "
-                "fully_shard([a, b]), or leave both to their common parent"
+                f"{record.fqn} is tied to {taken}, which another fully_shard has taken already; a parameter cannot be "
+                "sharded twice: shard the modules that share it in one call, fully_shard([a, b]), or leave both to "
+                "their common parent"
             )
     return records
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from unishard.dist.mesh import Axes
-from unishard.errors import ShardingError
 from unishard.sharding.buffer import FlatBuffer, GroupBuffer
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.hooks import StartSchedule, UnitHooks
@@ -53,13 +52,6 @@ def build_unit(
     start: StartSchedule,
 ) -> ShardUnit:
     """Shard `records`, which belong to `modules`, and hook them. All ranks call together."""
-    for module in modules:
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and not callable(
-            getattr(type(module), "forward", None)
-        ):
-            raise ShardingError(
-                f"{name}: {type(module).__name__} has no forward to gather for; shard its children"
-            )
     unit = ShardUnit(name, modules, plan.sharding, plan.policy)
     for members in split_by_kind(records):
         precision = resolve_precision(plan.policy, members[0].param.dtype)

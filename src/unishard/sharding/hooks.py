@@ -261,7 +261,8 @@ def _listening_last(param: torch.Tensor) -> bool:
         return True
     for key, hook in list(hooks.items()):
         if isinstance(hook, GradientHook):
-            hooks.move_to_end(key)
+            # Autograd walks the plain dict underneath, which `move_to_end` leaves alone.
+            hooks[key] = hooks.pop(key)
             return True
     return False
 

@@ -81,6 +81,21 @@ def find_parameters(
     return list(found.values())
 
 
+_taken: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+
+
+def mark_taken(record: ParameterRecord) -> None:
+    """Remember that the user's parameter now lives in a group; the entry goes with the parameter."""
+    key = id(record.param)
+    _taken[key] = (weakref.ref(record.param, lambda _: _taken.pop(key, None)), record.fqn)
+
+
+def taken_by(param: nn.Parameter) -> str | None:
+    """The name under which `param` was sharded before, if it was."""
+    found = _taken.get(id(param))
+    return found[1] if found is not None and found[0]() is param else None
+
+
 class Registration(ABC):
     """How one parameter shows in its modules. `whole` is the tensor that computes and collects a gradient."""
 
@@ -90,11 +105,6 @@ class Registration(ABC):
     def __init__(self, record: ParameterRecord) -> None:
         self.fqn = record.fqn
         self.homes = record.homes
-        self._original = weakref.ref(record.param)
-
-    def original(self) -> nn.Parameter | None:
-        """The user's parameter that this one was made from, while anybody still holds it."""
-        return self._original()
 
     @property
     @abstractmethod
@@ -180,6 +190,7 @@ class SwappedParameter(Registration):
         super().__init__(record)
         self.tensor_parallel = tensor_parallel_of(record.param)
         self.sharded = sharded
+        mark_taken(record)
         self._whole = self._make_whole(view, record.param)
         self.is_whole = False
         for home in self.homes:
