@@ -16,7 +16,7 @@ from unishard.errors import ShardingError, UnsupportedError
 from unishard.sharding.build import ShardPlan, build_unit, start_schedule_with
 from unishard.sharding.dtensor import PlacementFn, deliver, swapped_group
 from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class
-from unishard.sharding.hooks import StateDictHooks
+from unishard.sharding.hooks import StateDictHooks, watch_optimizers
 from unishard.sharding.in_place import broadcast_buffers
 from unishard.sharding.parameter import ParameterRecord, find_parameters, taken_by
 from unishard.sharding.placement import ZERO3, Placement, Sharding, preset
@@ -83,6 +83,8 @@ def fully_shard(
     records = _records(modules, ignored_params or set())
     name = type(modules[0]).__name__
     unit = build_unit(name, modules, records, plan, swapped_group(plan, mesh, shard_placement_fn), _start)
+    if sharding.parameter is Placement.REPLICATE:
+        watch_optimizers()
     _set_resharding(unit, plan.axes, reshard_after_forward)
     for each in modules:
         StateDictHooks(unit, each)

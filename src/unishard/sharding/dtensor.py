@@ -26,6 +26,7 @@ from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import Home, ParameterRecord, SwappedParameter, tensor_parallel_of
 from unishard.sharding.placement import Placement as Rest
 from unishard.sharding.precision import GroupPrecision
+from unishard.sharding.touched import agree_on_touched
 
 PlacementFn = Callable[[nn.Parameter], "Shard | None"]
 
@@ -178,24 +179,6 @@ def deliver(groups: Sequence[ShardGroup]) -> None:
                     registration.accept(group.buffer.local(index, shard))
             group.gradients.shard = None
             group.gradients.touched.clear()
-
-
-def agree_on_touched(groups: Sequence[ShardGroup], axes: Axes) -> list[set[int]]:
-    """For each group, the parameters that received a gradient on any rank. One all-reduce of a byte a parameter."""
-    flags = torch.zeros(sum(len(g.registrations) for g in groups), dtype=torch.uint8)
-    start = 0
-    for group in groups:
-        for index in group.gradients.touched:
-            flags[start + index] = 1
-        start += len(group.registrations)
-    if groups:
-        flags = axes.all_reduce_control(flags.to(groups[0].buffer.device), "max").cpu()
-    touched, start = [], 0
-    for group in groups:
-        count = len(group.registrations)
-        touched.append({i for i in range(count) if flags[start + i]})
-        start += count
-    return touched
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from unishard.errors import StateError
 from unishard.sharding.group import ShardGroup
+from unishard.sharding.parameter import is_dtensor
 from unishard.sharding.precision import cast_floating
 from unishard.sharding.schedule import Schedule, in_backward
 from unishard.sharding.unit import Phase, ShardUnit
@@ -222,6 +224,24 @@ class StateDictHooks:
 
         for group in self._unit.groups:
             resync(group)
+
+
+def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        sharded = [p for p in group["params"] if is_dtensor(p)]
+        if sharded:
+            torch.autograd.graph.increment_version(sharded)
+
+
+_watching = False
+
+
+def watch_optimizers() -> None:
+    """Let every optimizer step count as a write to the DTensors it holds; fused kernels do not count by themselves."""
+    global _watching
+    if not _watching:
+        _watching = True
+        register_optimizer_step_post_hook(_note_step)
 
 
 class GradientHook:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -54,9 +54,11 @@ def shard_in_place(
     def started(unit: ShardUnit) -> Schedule:
         return schedule
 
+    # Inputs and outputs are cast once, at the root; blocks pass compute dtypes among themselves.
+    inner = replace(plan, policy=replace(plan.policy, cast_forward_inputs=False, output_dtype=None))
     for choice in chosen:
-        name = choice.name or type(model).__name__
-        units.append(build_unit(name, [choice.module], choice.records, plan, in_place_group(plan), started))
+        name, its = (choice.name, inner) if choice.name else (type(model).__name__, plan)
+        units.append(build_unit(name, [choice.module], choice.records, its, in_place_group(its), started))
     schedule = Schedule(units[0], units)
     for unit in units:
         unit.schedule = schedule

@@ -109,6 +109,7 @@ class Schedule:
         """`deliver` is called at the end of each backward with the groups whose reduced gradients are complete."""
         self.root = root
         self.deliver = deliver
+        self.after_backward: Callable[[], None] = lambda: None
         self.units = list(units)
         self.groups = [group for unit in self.units for group in unit.groups]
         self.queue = ReductionQueue([g for unit in reversed(self.units) for g in unit.groups])
@@ -225,6 +226,7 @@ class Schedule:
                 unit.reshard()
         self._ran.clear()
         self.deliver([g for unit in self.units if unit.reduce_gradients for g in unit.groups if g.trainable])
+        self.after_backward()
 
     def _agree_on_order(self) -> None:
         """After the first backward that reduced, take rank 0's order of completion for all later ones."""

@@ -1,0 +1,264 @@
+"""ShardedOptimizer: any elementwise torch optimizer, over this rank's pieces of the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from unishard.errors import NonFiniteError, ShardingError, StateError, UnsupportedError
+from unishard.optim.clip import clip_factor, shard_norm
+from unishard.optim.loss_scale import LossScale, NoLossScale
+from unishard.sharding.group import ShardGroup
+from unishard.sharding.schedule import Schedule
+from unishard.sharding.touched import agree_on_touched
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of one parameter: a 1-D view of its group's shard, as a torch optimizer sees it."""
+
+    group: ShardGroup
+    index: int
+    param: nn.Parameter
+
+
+@dataclass(frozen=True)
+class UpdateRules:
+    """How an update treats gradients before the optimizer sees them."""
+
+    max_norm: float = 0.0
+    """0 clips nothing."""
+    norm_type: float = 2.0
+    defer_gather: bool = False
+    """Leave the gather of updated parameters to the next forward; a plain read of a parameter is then out of date."""
+
+
+def user_groups(model_parameters: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """Normalise what users pass as parameters to torch-style groups of the model's own `Parameter` objects.
+
+    Accepts `None` (all parameters), parameters, groups, (name, parameter) pairs, or iterators of those.
+    """
+    entries = list(model.parameters() if model_parameters is None else model_parameters)
+    if not entries:
+        raise ShardingError("model_parameters is empty; pass model.parameters(), or leave it out")
+    if isinstance(entries[0], dict):
+        return [{**g, "params": _as_parameters(g["params"])} for g in entries]
+    return [{"params": _as_parameters(entries)}]
+
+
+def _as_parameters(entries: Any) -> list[nn.Parameter]:
+    entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+
+
+class Pieces:
+    """Where the user's parameters went: the local piece of each, made once."""
+
+    def __init__(self, groups: Sequence[ShardGroup]) -> None:
+        self._homes = {
+            id(registration.visible): (group, index)
+            for group in groups
+            for index, registration in enumerate(group.registrations)
+        }
+        self.made: dict[int, Piece] = {}
+
+    def of(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """This rank's non-empty pieces of `params`. Raises `ShardingError` for parameters of another model."""
+        pieces = []
+        for param in params:
+            home = self._homes.get(id(param))
+            if home is None:
+                raise ShardingError(
+                    f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not part of the model; "
+                    "build it from the parameters of the model that you pass to initialize"
+                )
+            if id(param) not in self.made:
+                group, index = home
+                local = group.buffer.local(index, group.buffer.shard)
+                self.made[id(param)] = Piece(group, index, nn.Parameter(local))
+            if self.made[id(param)].param.numel():
+                pieces.append(self.made[id(param)].param)
+        return pieces
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Steps local shards with `inner` after reducing, unscaling and clipping what backward left in the groups.
+
+    `param_groups` and `state` are the inner optimizer's own, so schedulers and users change the real ones.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        schedule: Schedule,
+        pieces: Iterable[Piece],
+        loss_scale: LossScale | None = None,
+        rules: UpdateRules | None = None,
+    ) -> None:
+        self.inner = inner
+        self.defaults = inner.defaults
+        self._schedule = schedule
+        self._pieces = list(pieces)
+        self._loss_scale = loss_scale or NoLossScale()
+        self._rules = rules or UpdateRules()
+        self.grad_norm: float | None = None
+        """Norm of the last update's gradients, unscaled and before clipping."""
+        self.skipped = False
+        """Whether the last `step()` met an overflow and changed nothing."""
+        self.skipped_steps = 0
+        self.skips_overflow = False
+        self.tokens: float | None = None
+        """Valid tokens of this rank since the last update, when losses are token sums."""
+        self.before_update: Callable[[Sequence[ShardGroup]], None] = lambda groups: None
+        """Called with reduced, unscaled and clipped gradients in the groups, right before the update."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = value
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.state
+
+    @property
+    def loss_scale(self) -> float:
+        return self._loss_scale.scale
+
+    cur_scale = loss_scale
+
+    @property
+    def scaler(self) -> LossScale:
+        return self._loss_scale
+
+    def __repr__(self) -> str:
+        return f"ShardedOptimizer({self.inner!r})"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise UnsupportedError(
+            "add_param_group after sharding is not available; pass every group to initialize(model_parameters=[...])"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, reduced or not. `set_to_none=False` does the same: nobody keeps a view of them."""
+        for group in self._schedule.groups:
+            group.gradients.clear()
+        for piece in self._pieces:
+            piece.param.grad = None
+        self.tokens = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Reduce what is still local, unscale, clip, update, bring parameters up to date. All ranks call together."""
+        if closure is not None:
+            raise UnsupportedError(
+                "step(closure) is not available on sharded gradients; call step() after backward"
+            )
+        if self._schedule.backward_active:
+            raise StateError("step() was called during backward; call it after loss.backward() has returned")
+        if any(group.gradients.unreduced for group in self._schedule.groups):
+            self._schedule.reduce_pending()
+        groups = [g for g in self._schedule.groups if g.gradients.shard is not None]
+        if not groups:
+            self.skipped = False
+            return
+        norm = shard_norm(groups, self._rules.norm_type)
+        unscale = self._unscale_factor(groups)
+        self.grad_norm = norm * unscale
+        self.skipped = self.skips_overflow and not math.isfinite(norm)
+        if self.skipped:
+            self._skip(groups)
+            return
+        self._scale(groups, unscale * clip_factor(self.grad_norm, self._rules.max_norm))
+        self._attach(groups)
+        self.before_update(groups)
+        self.inner.step()
+        self._refresh(groups)
+        self._loss_scale.update(False)
+
+    def _unscale_factor(self, groups: Sequence[ShardGroup]) -> float:
+        # The scale that backward used: it changes only below, after this update.
+        factor = 1.0 / self._loss_scale.scale
+        if self.tokens is None:
+            return factor
+        axes = groups[0].axes
+        count = torch.tensor([self.tokens], dtype=torch.float64, device=groups[0].buffer.device)
+        total = axes.all_reduce_control(count, "sum").item()
+        if total <= 0:
+            raise StateError(
+                f"backward(loss, tokens=...) counted {total} valid tokens over all ranks; nothing to average"
+            )
+        # Groups hold the mean over ranks of token sums.
+        return factor * axes.world_size / total
+
+    def _skip(self, groups: Sequence[ShardGroup]) -> None:
+        self.skipped_steps += 1
+        scale = self._loss_scale.scale
+        self._loss_scale.update(True)
+        if self._loss_scale.exhausted:
+            name = self._first_non_finite(groups)
+            raise NonFiniteError(
+                f"gradients overflowed {self.skipped_steps} times and the loss scale is down to {scale:g}: the "
+                f"first non-finite gradient is that of {name!r}. Look at its inputs, lower the learning "
+                "rate, or train in bf16"
+            )
+
+    def _first_non_finite(self, groups: Sequence[ShardGroup]) -> str:
+        found = None
+        for position, group in enumerate(groups):
+            shard = group.gradients.shard
+            for index, registration in enumerate(group.registrations):
+                if shard is not None and not torch.isfinite(group.buffer.local(index, shard)).all():
+                    found = found or (position, index, registration.fqn)
+        everywhere = [f for f in groups[0].axes.shard.all_gather_object(found) if f is not None]
+        return min(everywhere)[2] if everywhere else "unknown"
+
+    def _scale(self, groups: Sequence[ShardGroup], factor: float) -> None:
+        if factor != 1.0:
+            torch._foreach_mul_([g.gradients.shard for g in groups if g.gradients.shard is not None], factor)
+
+    def _attach(self, groups: Sequence[ShardGroup]) -> None:
+        """Show gradients to the inner optimizer; a parameter that no rank used keeps none and is left alone."""
+        touched: dict[int, set[int]] = {}
+        for axes in {id(g.axes): g.axes for g in groups}.values():
+            members = [g for g in groups if g.axes is axes]
+            touched.update(zip(map(id, members), agree_on_touched(members, axes), strict=True))
+        for piece in self._pieces:
+            shard = piece.group.gradients.shard
+            used = shard is not None and piece.index in touched.get(id(piece.group), ())
+            used = used and piece.group.registrations[piece.index].visible.requires_grad
+            piece.param.grad = None
+            if used and shard is not None:
+                piece.param.grad = piece.group.buffer.local(piece.index, shard).to(piece.param.dtype)
+
+    def _refresh(self, groups: Sequence[ShardGroup]) -> None:
+        # Fused kernels do not count their writes.
+        torch.autograd.graph.increment_version([g.buffer.shard for g in groups])
+        for group in groups:
+            group.refresh()
+        if not self._rules.defer_gather:
+            for group in groups:
+                if group.resident:
+                    group.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part: the inner optimizer's state over local pieces, and the loss scale."""
+        return {"inner": self.inner.state_dict(), "loss_scale": self._loss_scale.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` gave on the same rank of the same layout."""
+        missing = {"inner", "loss_scale"} - set(state_dict)
+        if missing:
+            raise StateError(
+                f"this is not a state dict of a ShardedOptimizer: {', '.join(sorted(missing))} missing"
+            )
+        self.inner.load_state_dict(state_dict["inner"])
+        self._loss_scale.load_state_dict(state_dict["loss_scale"])
