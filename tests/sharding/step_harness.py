@@ -42,7 +42,9 @@ def train_alone(model: nn.Module, micro: Micro, steps: int, world: int) -> dict[
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def train_config(model: nn.Module, micro: Micro, steps: int, preset: str, units: Sequence[str]) -> dict[str, Tensor]:
+def train_config(
+    model: nn.Module, micro: Micro, steps: int, preset: str, units: Sequence[str]
+) -> dict[str, Tensor]:
     sharding = PRESETS[preset]
     axes = axes_of(build_mesh("cpu"), replicate_only=not sharding.sharded_anywhere)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -69,7 +71,9 @@ def train_config(model: nn.Module, micro: Micro, steps: int, preset: str, units:
     return result
 
 
-def train_code(model: nn.Module, micro: Micro, steps: int, preset: str, units: Sequence[str]) -> dict[str, Tensor]:
+def train_code(
+    model: nn.Module, micro: Micro, steps: int, preset: str, units: Sequence[str]
+) -> dict[str, Tensor]:
     for unit in units:
         fully_shard(model.get_submodule(unit), sharding=preset)
     fully_shard(model, sharding=preset)
@@ -107,7 +111,9 @@ def check_parity(
     expected = train_alone(copy.deepcopy(initial), micro, steps, dist.get_world_size())
     for preset in presets:
         for door in doors:
-            torch.manual_seed(7 + dist.get_rank())  # other ranks start elsewhere and must get rank 0's weights
+            torch.manual_seed(
+                7 + dist.get_rank()
+            )  # other ranks start elsewhere and must get rank 0's weights
             found = TRAIN[door](build(), micro, steps, preset, units)
             assert set(found) == set(expected), (preset, door)
             wanted = {name: value - before[name] for name, value in expected.items()}
@@ -115,7 +121,9 @@ def check_parity(
             for name, value in wanted.items():
                 # Rounding of the weights themselves shows in small updates; a wrong gradient shows far more.
                 bound = 2e-3 * value.norm() + 1e-7
-                assert error[name].norm() <= bound, f"{preset} {door} {name}: {error[name].norm() / value.norm():.1e}"
+                assert error[name].norm() <= bound, (
+                    f"{preset} {door} {name}: {error[name].norm() / value.norm():.1e}"
+                )
             relative = _norm(error.values()) / _norm(wanted.values())
             assert relative <= tolerance, f"{preset} {door}: {relative:.1e}"
 

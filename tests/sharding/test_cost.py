@@ -77,19 +77,37 @@ def measure(preset: str, micro_batches: int, dtype: torch.dtype) -> None:
     with record_traffic() as traffic:
         run_step(sharded, micro_batches, inputs)
     if dtype == torch.float32:
-        assert dict(traffic.data) == expected_bytes(sharded, micro_batches, 4), (preset, dict(traffic.data), expected_bytes(sharded, micro_batches, 4))
+        assert dict(traffic.data) == expected_bytes(sharded, micro_batches, 4), (
+            preset,
+            dict(traffic.data),
+            expected_bytes(sharded, micro_batches, 4),
+        )
     else:
         # The 16-bit all-reduce pads to whole slices; everything else is exact.
         expected = expected_bytes(sharded, micro_batches, 2)
-        assert traffic.data["all_gather"] == expected.get("all_gather", 0), (preset, dict(traffic.data), expected_bytes(sharded, micro_batches, 4))
-        assert traffic.data["reduce_scatter"] == expected.get("reduce_scatter", 0), (preset, dict(traffic.data), expected_bytes(sharded, micro_batches, 4))
+        assert traffic.data["all_gather"] == expected.get("all_gather", 0), (
+            preset,
+            dict(traffic.data),
+            expected_bytes(sharded, micro_batches, 4),
+        )
+        assert traffic.data["reduce_scatter"] == expected.get("reduce_scatter", 0), (
+            preset,
+            dict(traffic.data),
+            expected_bytes(sharded, micro_batches, 4),
+        )
         slack = 4 * sharded.groups[0].axes.replicate.size * len(sharded.groups)
-        assert abs(traffic.data["all_reduce"] - expected.get("all_reduce", 0)) <= slack, (preset, dict(traffic.data), expected_bytes(sharded, micro_batches, 4))
+        assert abs(traffic.data["all_reduce"] - expected.get("all_reduce", 0)) <= slack, (
+            preset,
+            dict(traffic.data),
+            expected_bytes(sharded, micro_batches, 4),
+        )
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_sent_equal_the_formula(micro_batches: int, dtype: torch.dtype, ranks: Callable[..., Any]) -> None:
+def test_bytes_sent_equal_the_formula(
+    micro_batches: int, dtype: torch.dtype, ranks: Callable[..., Any]
+) -> None:
     for world_size in (2, 3):
         for preset in FLAT:
             ranks(measure, preset, micro_batches, dtype, world_size=world_size)
@@ -160,7 +178,11 @@ def persistent(preset: str, dtype: torch.dtype) -> None:
         compute = torch.empty(0, dtype=dtype).element_size()
         whole = padded * compute if group.resident else 0
         master = 0 if group.resident and dtype == torch.float32 else own * 4
-        assert group.persistent_bytes == {"parameters": whole + master, "gradients": own * 4}, (preset, dict(traffic.data), expected_bytes(sharded, micro_batches, 4))
+        assert group.persistent_bytes == {"parameters": whole + master, "gradients": own * 4}, (
+            preset,
+            dict(traffic.data),
+            expected_bytes(sharded, micro_batches, 4),
+        )
         held = group.buffer.full.untyped_storage().nbytes()
         assert held == (padded * compute if group.resident else 0), "gathered memory outlived the step"
 

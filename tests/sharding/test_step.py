@@ -300,7 +300,9 @@ def case_tied_inside_the_root() -> None:
     check_parity(Tied, squared, ["block"])
 
 
-CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}
+CASES = {
+    name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -45,7 +45,9 @@ def case_post_accumulate_hook_sees_the_sharded_gradient_code() -> None:
     fully_shard(model)
     seen = []
     for name, param in model.named_parameters():
-        param.register_post_accumulate_grad_hook(lambda p, n=name: seen.append((n, p is not None, p.grad.shape)))
+        param.register_post_accumulate_grad_hook(
+            lambda p, n=name: seen.append((n, p is not None, p.grad.shape))
+        )
     model(inputs_for(dist.get_rank(), 0)).sum().backward()
     assert sorted(n for n, _, _ in seen) == sorted(n for n, _ in model.named_parameters())
     assert all(shape == model.get_parameter(name).shape for name, _, shape in seen)
@@ -203,7 +205,9 @@ def case_reshard_to_a_subgroup() -> None:
 
 
 WORLD = {"reshard_to_a_subgroup": 4}
-CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}
+CASES = {
+    name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -78,9 +78,33 @@ def fully_shard(
         raise UnsupportedError(
             "fully_shard: dp_mesh_dims is not available; pass the data-parallel sub-mesh as mesh="
         )
+    shard_records(
+        modules,
+        _records(modules, ignored_params or set()),
+        mesh=mesh,
+        sharding=sharding,
+        reshard_after_forward=reshard_after_forward,
+        shard_placement_fn=shard_placement_fn,
+        mp_policy=mp_policy,
+        offload_policy=offload_policy,
+    )
+    return module
+
+
+def shard_records(
+    modules: Sequence[nn.Module],
+    records: Sequence[ParameterRecord],
+    *,
+    mesh: DeviceMesh | None = None,
+    sharding: Sharding | str = ZERO3,
+    reshard_after_forward: bool | int | None = None,
+    shard_placement_fn: PlacementFn | None = None,
+    mp_policy: Any = _FULL_PRECISION,
+    offload_policy: Any = _NO_OFFLOAD,
+) -> ShardUnit:
+    """Make one unit of `modules` that gathers exactly `records`: `fully_shard` without the search."""
     sharding = preset(sharding) if isinstance(sharding, str) else sharding
     plan, mesh = _plan(modules, mesh, sharding, mp_policy, offload_policy)
-    records = _records(modules, ignored_params or set())
     name = type(modules[0]).__name__
     unit = build_unit(name, modules, records, plan, swapped_group(plan, mesh, shard_placement_fn), _start)
     if sharding.parameter is Placement.REPLICATE:
@@ -89,7 +113,7 @@ def fully_shard(
     for each in modules:
         StateDictHooks(unit, each)
         each.__class__ = as_fsdp_class(type(each))
-    return module
+    return unit
 
 
 def _check_modules(modules: Sequence[nn.Module]) -> None:

@@ -18,6 +18,7 @@ from unishard.sharding.parameter import InPlaceParameter, ParameterRecord
 from unishard.sharding.placement import Placement, Sharding
 from unishard.sharding.precision import GroupPrecision, MixedPrecision, resolve_precision
 from unishard.sharding.schedule import Schedule
+from unishard.sharding.single import adopted
 from unishard.sharding.unit import ShardUnit, units_under
 
 MakeGroup = Callable[[str, list[ParameterRecord], GroupPrecision], ShardGroup]
@@ -65,7 +66,7 @@ def in_place_group(plan: ShardPlan) -> MakeGroup:
 
     def make(name: str, records: list[ParameterRecord], precision: GroupPrecision) -> ShardGroup:
         resident = plan.sharding.parameter is Placement.REPLICATE
-        layout = plan_layout([tuple(r.local.shape) for r in records], plan.axes.shard.size)
+        layout = plan_layout([tuple(r.shape) for r in records], plan.axes.shard.size)
         buffer = FlatBuffer(
             layout,
             plan.axes.shard,
@@ -91,6 +92,7 @@ def fill(buffer: GroupBuffer, records: Sequence[ParameterRecord], plan: ShardPla
         for record, view in zip(records, buffer.whole_views(whole), strict=True):
             if prod(view.shape):
                 view.copy_(record.local)
+            adopted(record.param)
     if plan.broadcast:
         plan.axes.broadcast(whole)
     buffer.load(whole)

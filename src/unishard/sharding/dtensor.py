@@ -72,7 +72,7 @@ class ShardedParameter(SwappedParameter):
 
 def placement_dim(record: ParameterRecord, placement: Shard | None) -> int:
     """The dim to shard, counted from the front. Raises `ShardingError` for what cannot be sharded."""
-    if record.local.dim() == 0:
+    if len(record.shape) == 0:
         raise ShardingError(
             f"{record.fqn}: a scalar parameter cannot be a sharded DTensor; make it 1-D with one element, or pass it "
             "in ignored_params"
@@ -83,9 +83,9 @@ def placement_dim(record: ParameterRecord, placement: Shard | None) -> int:
         raise ShardingError(
             f"{record.fqn}: shard_placement_fn returned {placement!r}; return Shard(dim) or None"
         )
-    dim = placement.dim + record.local.dim() if placement.dim < 0 else placement.dim
-    if not 0 <= dim < record.local.dim():
-        raise ShardingError(f"{record.fqn}: {placement} is outside shape {tuple(record.local.shape)}")
+    dim = placement.dim + len(record.shape) if placement.dim < 0 else placement.dim
+    if not 0 <= dim < len(record.shape):
+        raise ShardingError(f"{record.fqn}: {placement} is outside shape {tuple(record.shape)}")
     return dim
 
 
@@ -95,7 +95,7 @@ def spec_of(record: ParameterRecord, mesh: DeviceMesh, axes: Axes, dim: int) -> 
     data_parallel: list[Placement] = [own] if mesh.ndim == 1 else [Replicate(), own]
     tensor_parallel = tensor_parallel_of(record.param)
     if tensor_parallel is None:
-        shape = record.local.shape
+        shape = record.shape
         return Spec(mesh, tuple(data_parallel), shape, torch.empty(shape, device="meta").stride())
     inner = [p for p in tensor_parallel.placements if isinstance(p, Shard) and p.dim == dim]
     if inner and isinstance(own, Shard):
@@ -123,7 +123,7 @@ def swapped_group(plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn |
     def make(name: str, records: list[ParameterRecord], precision: GroupPrecision) -> ShardGroup:
         dims = [placement_dim(r, placement_fn(r.param) if placement_fn else None) for r in records]
         layout = plan_dim_layout(
-            [tuple(r.local.shape) for r in records], dims, plan.axes.shard.size, [r.fqn for r in records]
+            [tuple(r.shape) for r in records], dims, plan.axes.shard.size, [r.fqn for r in records]
         )
         buffer = _new_buffer(
             layout, plan.axes, precision, plan.device, plan.sharding.parameter is Rest.REPLICATE

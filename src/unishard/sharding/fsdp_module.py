@@ -183,7 +183,8 @@ class FSDPModule(TorchFSDPModule):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         unit = self._unit
         unit.reshard()
-        result = super()._apply(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        # Past torch's override, which expects torch's own state.
+        result = super(TorchFSDPModule, self)._apply(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for group in unit.groups:
             resync(group)
         return result

@@ -142,6 +142,14 @@ class ShardGroup:
         self.buffer.release()
         self._gathered = False
 
+    def mark_current(self) -> None:
+        """What is gathered and the shard were written alike."""
+        self._gathered_version = self._version()
+
+    def forget_secondary(self) -> None:
+        """A part kept after forward no longer matches the shard."""
+        self._secondary = None
+
     def forget_gathered(self) -> None:
         """The shard changed: gathered copies are out of date."""
         self._secondary = None

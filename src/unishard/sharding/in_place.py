@@ -12,6 +12,7 @@ from unishard.dist.mesh import Axes
 from unishard.errors import ShardingError
 from unishard.sharding.build import ShardPlan, build_unit, in_place_group
 from unishard.sharding.group import ShardGroup
+from unishard.sharding.init import ParamInit, fill_module, materialize, require_initializable
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.unit import ShardUnit, units_under
 from unishard.sharding.wrap import assign_parameters, choose_modules
@@ -37,17 +38,20 @@ def shard_in_place(
     model: nn.Module,
     plan: ShardPlan,
     modules: Iterable[tuple[str, nn.Module]] | None = None,
+    param_init_fn: ParamInit | None = None,
 ) -> ShardedModel:
     """Shard every parameter of `model` under `plan`, one unit for each of `modules` and one for the rest.
 
     `modules` defaults to `choose_modules(model)`. All ranks call together. Raises `ShardingError` if part of the model
-    is sharded already.
+    is sharded already, or cannot be materialized from the meta device. Meta parameters are made and sharded unit by
+    unit, by `param_init_fn(module)` or the modules' own `reset_parameters()`.
     """
     for unit in units_under(model):
         raise ShardingError(
             f"module {unit.name or type(unit.modules[0]).__name__!r} is already sharded; a parameter cannot be sharded "
             "twice: build a fresh model, or continue with the one that was sharded"
         )
+    require_initializable(model, param_init_fn)
     chosen = assign_parameters(model, choose_modules(model) if modules is None else modules)
     units: list[ShardUnit] = []
 
@@ -58,7 +62,11 @@ def shard_in_place(
     inner = replace(plan, policy=replace(plan.policy, cast_forward_inputs=False, output_dtype=None))
     for choice in chosen:
         name, its = (choice.name, inner) if choice.name else (type(model).__name__, plan)
+        materialize(choice.records, plan.device, param_init_fn)
         units.append(build_unit(name, [choice.module], choice.records, its, in_place_group(its), started))
+    for module in model.modules():
+        if any(b is not None and b.is_meta for b in module._buffers.values()):
+            fill_module(module, plan.device, param_init_fn)
     schedule = Schedule(units[0], units)
     for unit in units:
         unit.schedule = schedule

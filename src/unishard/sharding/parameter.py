@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from unishard.errors import ShardingError
+from unishard.sharding.single import single_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,8 +43,20 @@ class ParameterRecord:
     homes: list[Home] = field(default_factory=list)
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape of `local`, without gathering anything."""
+        single = single_of(self.param)
+        return self.local.shape if single is None else single.shape
+
+    @property
     def local(self) -> torch.Tensor:
-        """What is laid out: the tensor itself, or this rank's part of a tensor-parallel DTensor."""
+        """What is laid out: the tensor itself, or this rank's part of a tensor-parallel DTensor.
+
+        A parameter released by `init_sharded` is gathered for it: all ranks read together.
+        """
+        single = single_of(self.param)
+        if single is not None:
+            return single.whole()
         data = self.param.detach()
         return data.to_local() if is_dtensor(data) else data
 

@@ -109,6 +109,15 @@ def unit_of(module: nn.Module) -> ShardUnit | None:
     return _units.get(module)
 
 
+def all_units() -> Iterator[ShardUnit]:
+    """Every unit of every living model, once, in the order of creation."""
+    seen: set[int] = set()
+    for unit in list(_units.values()):
+        if id(unit) not in seen:
+            seen.add(id(unit))
+            yield unit
+
+
 def units_under(module: nn.Module) -> Iterator[ShardUnit]:
     """Every unit at or below `module`, once, outermost first, in module order."""
     seen: set[int] = set()

@@ -6,10 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
 from unishard.sharding.parameter import Home, ParameterRecord, find_parameters
+from unishard.sharding.single import full_shape
 
 log = logging.getLogger("unishard")
 
@@ -56,7 +58,7 @@ def _is_block(parent: nn.Module, child: nn.Module) -> bool:
 
 
 def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(prod(full_shape(p)) for p in module.parameters())
 
 
 def assign_parameters(
