@@ -1,0 +1,1 @@
+"""What a run tells about itself: one record a step, written by monitors."""
