@@ -58,7 +58,7 @@ def parse() -> Options:
     parser.add_argument(
         "--preset", help="a sharding preset, instead of the config's: ZERO1, ZERO2, ZERO3, ..."
     )
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a rank and step")
     parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"))
     parser.add_argument("--seed", type=int, default=0)

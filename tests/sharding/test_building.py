@@ -11,12 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-import unishard
 from tests.sharding.step_harness import full, inputs_for
 from tests.sharding.test_cost import shard
 from tests.sharding.test_step import Stack
+from torch import Tensor, nn
+
+import unishard
 from unishard import (
     RankError,
     ShardingError,

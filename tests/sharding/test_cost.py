@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.sharding.test_step import Stack
 from torch import Tensor, nn
 
-from tests.sharding.test_step import Stack
 from unishard import fully_shard
 from unishard.dist.collectives import Traffic, record_traffic
 from unishard.dist.mesh import axes_of, build_mesh

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.sharding.step_harness import check_parity
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from tests.sharding.step_harness import check_parity
 
 
 class Block(nn.Module):

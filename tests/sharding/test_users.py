@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from tests.sharding.step_harness import LR, check_parity, full, inputs_for
 from tests.sharding.test_cost import shard
 from tests.sharding.test_step import UNITS, Stack, plain, squared
+from torch import Tensor, nn
+
 from unishard import fully_shard
 from unishard.errors import ShardingError, StateError
 

@@ -1,0 +1,56 @@
+"""The permanent matrix: preset x accumulation x clipping x dtype x model x ranks, both doors, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+
+from unishard.sharding.placement import PRESETS
+from unishard.testing.models import MODELS
+from unishard.testing.parity import ParityCase, assert_parity
+
+FLAT = [name for name, preset in PRESETS.items() if not preset.needs_replicas]
+HYBRID = [name for name, preset in PRESETS.items() if preset.needs_replicas]
+
+
+def cases(preset: str, door: str, thorough: bool) -> Iterator[ParityCase]:
+    dtypes = ("fp32", "bf16", "fp16") if door == "config" else ("fp32", "bf16")
+    accumulations, clippings = ((1, 3), (0.0, 0.1)) if thorough else ((3,), (0.1,))
+    # A scalar parameter cannot be a `Shard(0)` DTensor; fully_shard refuses it, as torch's does.
+    models = [name for name in MODELS if door == "config" or name != "tiny_shapes"]
+    for model, accumulation, clipping, dtype in product(models, accumulations, clippings, dtypes):
+        optimizer = "SGD" if accumulation == 3 and not clipping else "AdamW"
+        yield ParityCase(model, preset, door, accumulation, clipping, dtype, optimizer)
+
+
+def run_cases(preset: str, door: str, thorough: bool) -> None:
+    failures = []
+    for case in cases(preset, door, thorough):
+        try:
+            assert_parity(case)
+        except AssertionError as error:
+            failures.append(str(error))
+    if failures:
+        raise AssertionError(f"{len(failures)} cases differ from one process:\n" + "\n".join(failures))
+
+
+@pytest.mark.parametrize("door", ["config", "code"])
+@pytest.mark.parametrize("preset", FLAT)
+def test_two_ranks(preset: str, door: str, ranks: Callable[..., Any]) -> None:
+    ranks(run_cases, preset, door, True, world_size=2, timeout=240)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("preset", FLAT)
+def test_other_numbers_of_ranks(preset: str, world_size: int, ranks: Callable[..., Any]) -> None:
+    for door in ("config", "code"):
+        ranks(run_cases, preset, door, False, world_size=world_size, timeout=240)
+
+
+@pytest.mark.parametrize("preset", HYBRID)
+def test_hybrid_meshes(preset: str, ranks: Callable[..., Any]) -> None:
+    for door in ("config", "code"):
+        ranks(run_cases, preset, door, False, world_size=4, timeout=240)
