@@ -22,6 +22,8 @@ def cases(preset: str, door: str, thorough: bool) -> Iterator[ParityCase]:
     # A scalar parameter cannot be a `Shard(0)` DTensor; fully_shard refuses it, as torch's does.
     models = [name for name in MODELS if door == "config" or name != "tiny_shapes"]
     for model, accumulation, clipping, dtype in product(models, accumulations, clippings, dtypes):
+        if door == "code" and (model, dtype) == ("with_buffers", "bf16"):
+            continue  # FSDP2's policy leaves buffers alone, and this model multiplies by them
         optimizer = "SGD" if accumulation == 3 and not clipping else "AdamW"
         yield ParityCase(model, preset, door, accumulation, clipping, dtype, optimizer)
 

@@ -50,7 +50,46 @@ _HOMES = {
     "RankError": "unishard.errors",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "__version__",
+    "CPUOffloadPolicy",
+    "Config",
+    "ConfigError",
+    "DDP",
+    "Engine",
+    "FSDPModule",
+    "FULL_SHARD",
+    "HYBRID_SHARD",
+    "HYBRID_SHARD_GRAD_OP",
+    "HYBRID_ZERO1",
+    "HYBRID_ZERO2",
+    "MixedPrecision",
+    "MixedPrecisionPolicy",
+    "NO_SHARD",
+    "NonFiniteError",
+    "OffloadPolicy",
+    "PRESETS",
+    "RankError",
+    "SHARD_GRAD_OP",
+    "Sharding",
+    "ShardingError",
+    "StateError",
+    "UnishardError",
+    "UnshardHandle",
+    "UnsupportedError",
+    "ZERO1",
+    "ZERO2",
+    "ZERO3",
+    "auto_shard",
+    "clip_grad_norm_",
+    "describe",
+    "fully_shard",
+    "gather",
+    "init_sharded",
+    "initialize",
+    "load_safetensors",
+    "register_fsdp_forward_method",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -119,7 +119,8 @@ def psi_volumes(preset: str) -> float:
     """Bytes sent in units of psi (N - 1) / N for a model whose root holds next to nothing."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh()) for _ in range(8)))
     sharded = shard(model, preset)
-    assert len(sharded.units) == 9 and not sharded.units[0].groups
+    assert len(sharded.units) == 9
+    assert not sharded.units[0].groups
     run_step(sharded, 1, torch.randn(2, 64))
     with record_traffic() as traffic:
         run_step(sharded, 1, torch.randn(2, 64))
@@ -178,11 +179,7 @@ def persistent(preset: str, dtype: torch.dtype) -> None:
         compute = torch.empty(0, dtype=dtype).element_size()
         whole = padded * compute if group.resident else 0
         master = 0 if group.resident and dtype == torch.float32 else own * 4
-        assert group.persistent_bytes == {"parameters": whole + master, "gradients": own * 4}, (
-            preset,
-            dict(traffic.data),
-            expected_bytes(sharded, micro_batches, 4),
-        )
+        assert group.persistent_bytes == {"parameters": whole + master, "gradients": own * 4}, preset
         held = group.buffer.full.untyped_storage().nbytes()
         assert held == (padded * compute if group.resident else 0), "gathered memory outlived the step"
 

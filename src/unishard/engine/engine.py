@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +61,7 @@ class Engine(Accessors):
         self._scaled = False
         self._step_applied = False
         self._warned_plain_backward = False
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self.schedule.after_backward = self._after_backward
 
     # forward and backward -----------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def _scheduler(client: Any, optimizer: ShardedOptimizer | None, rc: ResolvedConf
         return None
     if optimizer is None:
         raise ConfigError("a scheduler needs an optimizer; add an optimizer section, or pass optimizer=")
-    if client is None:
+    if rc.scheduler is not None and client is None:
         return build_schedule(rc.scheduler.type, optimizer, rc.scheduler.params)
     if hasattr(client, "step"):
         return client

@@ -43,7 +43,7 @@ def user_groups(model_parameters: Any, model: nn.Module) -> list[dict[str, Any]]
 
     Accepts `None` (all parameters), parameters, groups, (name, parameter) pairs, or iterators of those.
     """
-    entries = list(model.parameters() if model_parameters is None else model_parameters)
+    entries: list[Any] = list(model.parameters() if model_parameters is None else model_parameters)
     if not entries:
         raise ShardingError("model_parameters is empty; pass model.parameters(), or leave it out")
     if isinstance(entries[0], dict):

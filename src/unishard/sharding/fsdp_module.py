@@ -46,7 +46,7 @@ class FSDPModule(TorchFSDPModule):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Containers build new ones of their own class when sliced; those are plain.
         original = _original_class(cls)
-        made = original.__new__(original)
+        made: Any = original.__new__(original)  # pyright: ignore[reportCallIssue]
         made.__init__(*args, **kwargs)
         return made
 
@@ -224,7 +224,7 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
                 }
             )
     original = _original_class(type(module))
-    made = original.__new__(original)
+    made: Any = original.__new__(original)  # pyright: ignore[reportCallIssue]
     memo[id(module)] = made
     made.__dict__.update({key: copy.deepcopy(value, memo) for key, value in module.__dict__.items()})
     if all(id(m) in memo for m in unit.modules):

@@ -88,9 +88,13 @@ def _groups(params: Any) -> list[ShardGroup]:
 
 def _singles(params: Any) -> list[tuple[nn.Parameter, SingleShard]]:
     """Parameters that `init_sharded` released and no group has taken yet."""
-    items: Iterable[Any] = params.parameters() if isinstance(params, nn.Module) else params
-    found = [(p, single_of(p)) for p in ([items] if isinstance(items, torch.Tensor) else items)]
+    items: list[Any] = [params] if isinstance(params, torch.Tensor) else list(_parameters(params))
+    found = [(p, single_of(p)) for p in items]
     return [(p, single) for p, single in found if single is not None]
+
+
+def _parameters(params: Any) -> Iterable[Any]:
+    return params.parameters() if isinstance(params, nn.Module) else params
 
 
 def _holds(unit: Any, groups: list[ShardGroup]) -> bool:

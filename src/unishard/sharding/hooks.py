@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +72,6 @@ class UnitHooks:
     def schedule(self) -> Schedule:
         return self.unit.schedule or self.start(self.unit)
 
-    @torch._dynamo.disable
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What an exception or an early-stopped recomputation left in `_remaining` must not hide a new call.
         if in_backward():
@@ -110,7 +110,6 @@ class UnitHooks:
                 if whole.requires_grad and not _listening_last(whole):
                     self.hook_gradients(group)
 
-    @torch._dynamo.disable
     def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._remaining.discard(module)
         unit = self.unit
@@ -185,7 +184,9 @@ class ModuleHook:
 
     def __init__(self, unit: ShardUnit, call: Callable[..., Any]) -> None:
         self._unit = unit
-        self._call = call
+        # Outside compiled regions. Touching torch._dynamo imports it, which costs more than all of unishard; a module
+        # compiled before it is sharded has imported it already.
+        self._call = torch._dynamo.disable(call) if "torch._dynamo" in sys.modules else call
 
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)

@@ -57,7 +57,7 @@ class ParameterRecord:
         single = single_of(self.param)
         if single is not None:
             return single.whole()
-        data = self.param.detach()
+        data: Any = self.param.detach()
         return data.to_local() if is_dtensor(data) else data
 
 
