@@ -14,7 +14,7 @@ _HOMES = {
     "initialize": "unishard.engine",
     "Engine": "unishard.engine",
     "Config": "unishard.config",
-    "fully_shard": "unishard.sharding.api",
+    "fully_shard": "unishard.sharding.fully_shard",
     "FSDPModule": "unishard.sharding.api",
     "UnshardHandle": "unishard.sharding.api",
     "register_fsdp_forward_method": "unishard.sharding.api",
@@ -109,4 +109,4 @@ if TYPE_CHECKING:
     from unishard.config import Config as Config
     from unishard.engine import Engine as Engine
     from unishard.engine import initialize as initialize
-    from unishard.sharding.api import fully_shard as fully_shard
+    from unishard.sharding.fully_shard import fully_shard as fully_shard

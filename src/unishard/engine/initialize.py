@@ -135,10 +135,8 @@ def _resolve(
     sharding = preset(rc.sharding)
     replicate_only = not sharding.sharded_anywhere
     if mesh is None:
-        shape = (
-            {} if rc.mesh is None else {"dp_shard": rc.mesh.dp_shard, "dp_replicate": rc.mesh.dp_replicate}
-        )
-        mesh = build_mesh(device.type, **shape)
+        replicas = 1 if rc.mesh is None else rc.mesh.dp_replicate or 1
+        mesh = build_mesh(device.type, dp_replicate=replicas)
     elif sharding.needs_replicas and mesh.ndim != 2:
         raise ShardingError(
             f"{sharding} needs a 2-D mesh (dp_replicate, dp_shard), not one of {mesh.ndim} dimensions"

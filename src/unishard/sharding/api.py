@@ -29,14 +29,14 @@ from unishard.sharding.policies import (
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.unit import ShardUnit, unit_of, units_under
 
-__all__ = ["FSDPModule", "UnshardHandle", "fully_shard", "register_fsdp_forward_method"]
+__all__ = ["FSDPModule", "UnshardHandle", "shard_modules", "register_fsdp_forward_method"]
 
 
 _FULL_PRECISION = MixedPrecisionPolicy()
 _NO_OFFLOAD = OffloadPolicy()
 
 
-def fully_shard(
+def shard_modules(
     module: Any,
     *,
     mesh: DeviceMesh | None = None,
@@ -48,30 +48,7 @@ def fully_shard(
     ignored_params: set[nn.Parameter] | None = None,
     dp_mesh_dims: Any = None,
 ) -> Any:
-    """Shard the parameters of `module` that no sharded module below it holds, and return the module.
-
-    The contract is that of `torch.distributed.fsdp.fully_shard`: apply it to blocks first and to the root last; the
-    module's class becomes `FSDP<Name>`; its parameters are DTensors between uses. `sharding` adds ZeRO-1, ZeRO-2 and
-    plain data parallelism behind the same call.
-
-    Args:
-        module: a module, or a list of modules that are gathered as one and run one after another.
-        mesh: 1-D (dp_shard) or 2-D (dp_replicate, dp_shard); default: all ranks.
-        sharding: a preset or its name.
-        reshard_after_forward: release parameters after forward? Default: as the preset says, except for the root. An
-            int keeps 1/int of them on each rank of subgroups of that size (ZeRO++ hpZ, arXiv 2306.10209, section 3.2).
-        shard_placement_fn: parameter -> `Shard(dim)`, or None for dim 0.
-        mp_policy: unishard's or torch's mixed-precision policy.
-        offload_policy: unishard's or torch's offload policy.
-        ignored_params: parameters to leave alone.
-
-    Raises:
-        ShardingError: (a ValueError) for a module sharded twice, a container without forward, a mesh that does not fit.
-
-    >>> block = nn.Linear(4, 4)
-    >>> type(fully_shard(block)).__name__
-    'FSDPLinear'
-    """
+    """What `unishard.fully_shard` does, with everything heavy imported; see there."""
     modules: list[nn.Module] = list(module) if isinstance(module, list | tuple) else [module]
     _check_modules(modules)
     if dp_mesh_dims is not None:
