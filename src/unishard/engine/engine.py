@@ -17,6 +17,8 @@ from unishard.config import ResolvedConfig
 from unishard.dist.mesh import Axes
 from unishard.engine.accessors import Accessors
 from unishard.errors import StateError
+from unishard.observe.monitors import monitors_from_config
+from unishard.observe.record import StepRecord
 from unishard.optim.sharded import ShardedOptimizer
 from unishard.sharding.in_place import ShardedModel
 from unishard.sharding.placement import Placement, Reshard
@@ -62,6 +64,8 @@ class Engine(Accessors):
         self._step_applied = False
         self._warned_plain_backward = False
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._last_loss = float("nan")
+        self._monitors = monitors_from_config(config) if dist.get_rank() == 0 else []
         self.schedule.after_backward = self._after_backward
 
     # forward and backward -----------------------------------------------------------------------------------
@@ -119,6 +123,8 @@ class Engine(Accessors):
         self._count_tokens(optimizer, tokens)
         if tokens is None and scale_wrt_gas:
             loss = loss / self.gradient_accumulation_steps()
+        if self._monitors:
+            self._last_loss = loss.detach().item()
         self._arm()
         self._in_backward = True
         try:
@@ -189,6 +195,17 @@ class Engine(Accessors):
             # Once per applied update, whatever the accumulation and the number of ranks.
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self._report()
+        for monitor in self._monitors:
+            monitor.write(
+                StepRecord(
+                    step=self.global_steps,
+                    loss=self._last_loss,
+                    learning_rate=self.get_lr()[0],
+                    grad_norm=self.get_global_grad_norm(),
+                    skipped_steps=self.skipped_steps,
+                    loss_scale=self.loss_scale,
+                )
+            )
 
     def _has_gradients(self) -> bool:
         return any(group.gradients.touched for group in self.schedule.groups)

@@ -1,0 +1,102 @@
+"""What the engine refuses, counts and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import unishard
+from unishard import ConfigError, ShardingError, StateError
+
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+}
+
+
+def case_refusals() -> None:
+    with pytest.raises(ConfigError, match=r"model=, an nn\.Module"):
+        unishard.initialize(config=CONFIG)
+    with pytest.raises(ConfigError, match=r"did you mean.*zero_optimization"):
+        unishard.initialize(model=nn.Linear(2, 2), config={**CONFIG, "zero_optimisation": {}})
+    with pytest.raises(ConfigError, match="train_batch_size"):
+        unishard.initialize(model=nn.Linear(2, 2), config={**CONFIG, "train_batch_size": 7})
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps"):
+        unishard.initialize(model=nn.Linear(2, 2), config={**CONFIG, "gradient_accumulation_steps": -1})
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ShardingError, match="not part of the model"):
+        unishard.initialize(
+            model=nn.Linear(2, 2), optimizer=other, config={"train_micro_batch_size_per_gpu": 1}
+        )
+
+
+def case_wrong_calls() -> None:
+    engine, _, _, _ = unishard.initialize(model=nn.Linear(2, 2), config=CONFIG)
+    with pytest.raises(StateError, match="scalar loss"):
+        engine.backward(engine(torch.ones(2, 2)))
+    with engine.no_sync(), pytest.raises(StateError, match="inside no_sync"):
+        engine.step()
+    engine.backward(engine(torch.ones(2, 2)).sum(), tokens=4)
+    with pytest.raises(StateError, match="mixed in one step"):
+        engine.backward(engine(torch.ones(2, 2)).sum())
+    plain, _, _, _ = unishard.initialize(model=nn.Linear(2, 2), config={"train_micro_batch_size_per_gpu": 1})
+    with pytest.raises(StateError, match="no optimizer"):
+        plain.step()
+
+
+def case_schedule_steps_once_an_update() -> None:
+    config = {
+        **CONFIG,
+        "gradient_accumulation_steps": 3,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 1e-2}},
+    }
+    engine, _, _, scheduler = unishard.initialize(model=nn.Linear(2, 2), config=config)
+    for _ in range(6):
+        engine.backward(engine(torch.ones(2, 2)).sum())
+        engine.step()
+    assert engine.global_steps == 2
+    assert engine.micro_steps == 6
+    assert scheduler.last_epoch == 2
+
+
+def case_overflow_stops_with_a_name() -> None:
+    config = {**CONFIG, "fp16": {"enabled": True, "initial_scale_power": 1, "max_consecutive_overflows": 3}}
+    engine, _, _, _ = unishard.initialize(model=nn.Linear(2, 2), config=config)
+    before = engine.module_state_dict()
+    with pytest.raises(unishard.NonFiniteError, match="weight"):
+        for _ in range(20):
+            engine.backward(engine(torch.ones(2, 2)).float().sum() * float("inf"))
+            engine.step()
+    assert engine.skipped_steps >= 3
+    assert all(torch.equal(v, before[k]) for k, v in engine.module_state_dict().items())
+
+
+def monitored(folder: str) -> None:
+    config = {**CONFIG, "csv_monitor": {"enabled": True, "output_path": folder, "job_name": "run"}}
+    engine, _, _, _ = unishard.initialize(model=nn.Linear(2, 2), config=config)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(2, 2)).sum())
+        engine.step()
+
+
+CASES = {
+    name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engine(name: str, ranks: Callable[..., Any]) -> None:
+    ranks(CASES[name])
+
+
+def test_the_configured_monitor_writes(ranks: Callable[..., Any], tmp_path: Path) -> None:
+    ranks(monitored, str(tmp_path))
+    lines = (tmp_path / "run" / "Train_loss.csv").read_text().splitlines()
+    assert lines[0] == "step,Train_loss"
+    assert len(lines) == 3
