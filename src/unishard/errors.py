@@ -20,6 +20,14 @@ class ShardingError(UnishardError, ValueError):
     """A module, parameter, mesh or policy that cannot be sharded as asked."""
 
 
+class MisuseError(ShardingError, AssertionError):
+    """A call that cannot be meant, which torch's `fully_shard` reports with an assertion: a module sharded twice."""
+
+
+class UnevenShardingError(ShardingError, NotImplementedError):
+    """A dim that the ranks do not divide, where uneven chunks are not possible."""
+
+
 class StateError(UnishardError, RuntimeError):
     """A call made in a state that does not allow it, such as `step()` during backward."""
 

@@ -74,6 +74,21 @@ def case_gather_writes() -> None:
                 )
 
 
+def case_gather_outlasts_what_runs_inside() -> None:
+    """A state dict, a load or a forward inside the block must not take the whole parameters away."""
+    model = fully_shard(nn.Linear(3, 2))
+    with unishard.gather(model, modifier_rank=0):
+        whole = model.weight
+        with torch.no_grad():
+            whole.fill_(3.0)
+        assert model.state_dict()["weight"].eq(3).all()
+        assert model(torch.ones(1, 3)).shape == (1, 2)
+        model.load_state_dict({"weight": torch.full((2, 3), 4.0), "bias": torch.zeros(2)})
+        assert model.weight is whole
+    assert model.weight is not whole
+    assert model.weight.full_tensor().eq(4).all()
+
+
 def case_gather_keeps_master_precision() -> None:
     from unishard.sharding.precision import MixedPrecision
 

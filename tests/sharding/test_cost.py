@@ -246,3 +246,20 @@ def test_traffic_is_counted_only_inside_its_block() -> None:
     with record_traffic() as outer, record_traffic() as inner:
         pass
     assert outer == inner == Traffic()
+
+
+def _control_calls_of_a_code_door_step() -> int:
+    model = Stack(depth=4)
+    for child in [*model.children(), model]:
+        if not isinstance(child, nn.ModuleList):
+            fully_shard(child)
+    inputs = torch.randn(5, 6)
+    model(inputs).sum().backward()
+    with record_traffic() as traffic:
+        model(inputs).sum().backward()
+    return traffic.calls["control"]
+
+
+def test_the_code_door_agrees_once_a_backward(ranks: Callable[..., Any]) -> None:
+    """Not once for each unit: all units of a model share their axes."""
+    assert ranks(_control_calls_of_a_code_door_step, world_size=2) == [1, 1]

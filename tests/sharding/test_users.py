@@ -159,8 +159,9 @@ def case_sharded_twice() -> None:
     tied = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     tied[1].weight = tied[0].weight
     fully_shard(tied[0])
+    fully_shard(tied[1])
     with pytest.raises(ShardingError, match=r"weight is tied to weight.*one call"):
-        fully_shard(tied[1])
+        tied[1](torch.ones(2, 4))
 
 
 def case_mesh_that_does_not_fit() -> None:

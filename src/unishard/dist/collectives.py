@@ -287,6 +287,12 @@ def _sum(pieces: Sequence[torch.Tensor], own: int = 0) -> torch.Tensor:
 SOLO = Communicator(None)
 
 
+# One for each group, so that units of one model compare equal in what they communicate over.
+_communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
+
+
 def communicator(group: dist.ProcessGroup | None) -> Communicator:
-    """The communicator of `group`; `None` stands for a single rank with nobody to talk to."""
-    return SOLO if group is None else Communicator(group)
+    """The communicator of `group`, always the same; `None` stands for a single rank with nobody to talk to."""
+    if group is None:
+        return SOLO
+    return _communicators.setdefault(group, Communicator(group))

@@ -27,8 +27,8 @@ def shard_norm(groups: Sequence[ShardGroup], norm_type: float = 2.0) -> float:
     Shards are summed along dp_shard alone: replicas hold the same ones. NaN and infinity come through on all ranks.
     """
     total = 0.0
-    for axes in {id(g.axes): g.axes for g in groups}.values():
-        members = [g for g in groups if g.axes is axes and g.gradients.shard is not None]
+    for axes in dict.fromkeys(g.axes for g in groups):
+        members = [g for g in groups if g.axes == axes and g.gradients.shard is not None]
         device = members[0].buffer.device if members else groups[0].buffer.device
         part = torch.zeros(
             (), dtype=torch.float64, device=torch.device("cpu") if device.type == "cpu" else device

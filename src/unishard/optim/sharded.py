@@ -228,8 +228,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _attach(self, groups: Sequence[ShardGroup]) -> None:
         """Show gradients to the inner optimizer; a parameter that no rank used keeps none and is left alone."""
         touched: dict[int, set[int]] = {}
-        for axes in {id(g.axes): g.axes for g in groups}.values():
-            members = [g for g in groups if g.axes is axes]
+        for axes in dict.fromkeys(g.axes for g in groups):
+            members = [g for g in groups if g.axes == axes]
             touched.update(zip(map(id, members), agree_on_touched(members, axes), strict=True))
         for piece in self._pieces:
             shard = piece.group.gradients.shard

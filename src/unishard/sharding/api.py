@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from unishard.dist.collectives import Communicator
-from unishard.dist.mesh import Axes, axes_of, build_mesh, ensure_process_group, subgroup
-from unishard.errors import ShardingError, UnsupportedError
+from unishard.dist.mesh import Axes, axes_of, ensure_process_group, subgroup
+from unishard.errors import MisuseError, ShardingError, UnsupportedError
 from unishard.sharding.build import ShardPlan, build_unit, start_schedule_with
 from unishard.sharding.dtensor import PlacementFn, deliver, swapped_group
+from unishard.sharding.first_run import prepare_first_run
 from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class
 from unishard.sharding.hooks import StateDictHooks, watch_optimizers
 from unishard.sharding.in_place import broadcast_buffers
@@ -83,7 +86,9 @@ def shard_records(
     sharding = preset(sharding) if isinstance(sharding, str) else sharding
     plan, mesh = _plan(modules, mesh, sharding, mp_policy, offload_policy)
     name = type(modules[0]).__name__
+    tied = [(r.fqn, taken) for r in records if (taken := taken_by(r.param)) is not None]
     unit = build_unit(name, modules, records, plan, swapped_group(plan, mesh, shard_placement_fn), _start)
+    unit.tied_elsewhere = tied
     if sharding.parameter is Placement.REPLICATE:
         watch_optimizers()
     _set_resharding(unit, plan.axes, reshard_after_forward)
@@ -100,14 +105,14 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
         if not isinstance(module, nn.Module):
             raise ShardingError(f"fully_shard shards nn.Modules, not {type(module).__name__}")
         if unit_of(module) is not None:
-            raise ShardingError(
-                f"fully_shard has already been applied to this {type(module).__name__}; a parameter cannot be sharded "
-                "twice: apply it once to each module, inner ones first"
+            raise MisuseError(
+                f"fully_shard has already been applied to this {type(module).__name__}, and a parameter cannot be "
+                "sharded twice: apply it once to each module, inner ones first"
             )
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
             raise ShardingError(
-                f"fully_shard does not support containers that do not implement forward, such as "
-                f"{type(module).__name__}; apply it to the modules inside"
+                f"fully_shard does not support containers that do not implement forward, as {type(module).__name__} "
+                "does not; apply it to the modules inside, or to all of them as one unit: fully_shard([*blocks])"
             )
 
 
@@ -126,15 +131,13 @@ def _plan(
             )
         device_type = _device_type(modules)
         ensure_process_group(torch.device(device_type))
-        mesh = build_mesh(device_type)
+        # Without dim names, as torch's default is: meshes with other names are not equal.
+        mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     if not isinstance(mesh, DeviceMesh):
         raise ShardingError(
             f"mesh must be a DeviceMesh, not {type(mesh).__name__}; build one with init_device_mesh"
         )
-    if sharding.needs_replicas and mesh.ndim != 2:
-        raise ShardingError(
-            f"{sharding} needs a 2-D mesh (dp_replicate, dp_shard), not one of {mesh.ndim} dimensions"
-        )
+    _check_dims(mesh, sharding)
     axes = axes_of(mesh, replicate_only=not sharding.sharded_anywhere)
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
@@ -142,6 +145,23 @@ def _plan(
     require_supported_offload(offload_policy, device)
     broadcast = _materialized_everywhere(modules, axes)
     return ShardPlan(sharding, axes, as_mixed_precision(mp_policy), device, broadcast), mesh
+
+
+def _check_dims(mesh: DeviceMesh, sharding: Sharding) -> None:
+    if mesh.ndim not in (1, 2):
+        raise ShardingError(
+            f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}; pass the data-parallel sub-mesh, for example "
+            'mesh["dp_replicate", "dp_shard"]'
+        )
+    if sharding.needs_replicas and mesh.ndim != 2:
+        raise ShardingError(
+            f"{sharding} needs a 2-D mesh (dp_replicate, dp_shard), not one of {mesh.ndim} dimensions"
+        )
+    if mesh.ndim == 2 and mesh.mesh_dim_names is None:
+        raise MisuseError(
+            f"{mesh} does not say which of its two dims replicates and which one shards; build it with "
+            'mesh_dim_names=("dp_replicate", "dp_shard")'
+        )
 
 
 def _device_type(modules: Sequence[nn.Module]) -> str:
@@ -157,21 +177,12 @@ def _materialized_everywhere(modules: Sequence[nn.Module], axes: Axes) -> bool:
 
 
 def _records(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> list[ParameterRecord]:
-    """Parameters not below a module that is already sharded. Raises `ShardingError` if one is shared with such."""
+    """Parameters not below a module that is already sharded."""
     skip = {
         m for root in modules for unit in units_under(root) for top in unit.modules for m in top.modules()
     }
     prefixes = {} if len(modules) == 1 else {m: f"{i}." for i, m in enumerate(modules)}
-    records = find_parameters(list(modules), prefixes, ignored, skip)
-    for record in records:
-        taken = taken_by(record.param)
-        if taken is not None:
-            raise ShardingError(
-                f"{record.fqn} is tied to {taken}, which another fully_shard has taken already; a parameter cannot be "
-                "sharded twice: shard the modules that share it in one call, fully_shard([a, b]), or leave both to "
-                "their common parent"
-            )
-    return records
+    return find_parameters(list(modules), prefixes, ignored, skip)
 
 
 def _set_resharding(unit: ShardUnit, axes: Axes, reshard_after_forward: bool | int | None) -> None:
@@ -197,18 +208,23 @@ def _set_resharding(unit: ShardUnit, axes: Axes, reshard_after_forward: bool | i
 def _subgroup(comm: Communicator, size: int) -> Communicator | None:
     if size == comm.size or size == 1:
         return None
-    cached = _subgroups.setdefault(id(comm.group), {})
+    if comm.group is None:
+        return None
+    cached = _subgroups.setdefault(comm.group, {})
     if size not in cached:
         cached[size] = subgroup(comm, size)
     return cached[size]
 
 
 # Process groups are expensive; every unit of a model asks for the same few.
-_subgroups: dict[int, dict[int, Communicator]] = {}
+_subgroups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, Communicator]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _start(unit: ShardUnit) -> Schedule:
     schedule = start_schedule_with(deliver)(unit)
+    prepare_first_run(schedule)
     for axes in schedule.axes[:1]:
         for module in unit.modules:
             broadcast_buffers(module, axes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,9 +39,11 @@ class ShardPlan:
 
 def split_by_kind(records: Sequence[ParameterRecord]) -> list[list[ParameterRecord]]:
     """One list for each (dtype, requires_grad), in order of first appearance: frozen weights get no gradient memory."""
-    kinds: dict[tuple[torch.dtype, bool], list[ParameterRecord]] = {}
+    kinds: dict[tuple[Any, ...], list[ParameterRecord]] = {}
     for record in records:
-        kinds.setdefault((record.param.dtype, record.param.requires_grad), []).append(record)
+        # Wrapper subclasses gather in ways of their own.
+        kind = type(record.param) if hasattr(record.param, "__tensor_flatten__") else nn.Parameter
+        kinds.setdefault((record.param.dtype, record.param.requires_grad, kind), []).append(record)
     return list(kinds.values())
 
 
@@ -56,7 +59,9 @@ def build_unit(
     unit = ShardUnit(name, modules, plan.sharding, plan.policy)
     for members in split_by_kind(records):
         precision = resolve_precision(plan.policy, members[0].param.dtype)
-        unit.groups.append(make_group(name, members, precision))
+        group = make_group(name, members, precision)
+        group.policy = plan.policy
+        unit.groups.append(group)
     UnitHooks(unit, start)
     return unit
 

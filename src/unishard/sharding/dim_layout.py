@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from unishard.errors import ShardingError
+from unishard.errors import ShardingError, UnevenShardingError
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def plan_dim_layout(
         if shape and not 0 <= dim < len(shape):
             raise ShardingError(f"{name}: shape {tuple(shape)} has no dim {dim} to shard")
         if dim != 0 and shape[dim] % world_size:
-            raise ShardingError(
-                f"{name}: dim {dim} of shape {tuple(shape)} does not divide evenly over {world_size} ranks; "
-                "FSDP on non-zero dims needs even sharding: shard dim 0 or pad the parameter"
+            raise UnevenShardingError(
+                f"{name}: no uneven sharding on dim {dim}: {world_size} ranks do not divide shape {tuple(shape)} "
+                "there; shard dim 0 or pad the parameter"
             )
     return DimLayout(tuple(tuple(s) for s in shapes), tuple(dims), world_size)

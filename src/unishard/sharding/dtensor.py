@@ -17,15 +17,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from unishard.dist.mesh import Axes
-from unishard.errors import ShardingError
+from unishard.errors import MisuseError, ShardingError
 from unishard.sharding.buffer import DimBuffer
 from unishard.sharding.build import MakeGroup, ShardPlan, fill
 from unishard.sharding.dim_layout import DimLayout, plan_dim_layout
+from unishard.sharding.extensions import ExtendedBuffer, ExtendedGroup, is_extended, local_part
 from unishard.sharding.gradient import GroupGradients
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import Home, ParameterRecord, SwappedParameter, tensor_parallel_of
 from unishard.sharding.placement import Placement as Rest
-from unishard.sharding.precision import GroupPrecision
+from unishard.sharding.precision import GroupPrecision, resolve_precision
 from unishard.sharding.touched import agree_on_touched
 
 PlacementFn = Callable[[nn.Parameter], "Shard | None"]
@@ -74,8 +75,8 @@ def placement_dim(record: ParameterRecord, placement: Shard | None) -> int:
     """The dim to shard, counted from the front. Raises `ShardingError` for what cannot be sharded."""
     if len(record.shape) == 0:
         raise ShardingError(
-            f"{record.fqn}: a scalar parameter cannot be a sharded DTensor; make it 1-D with one element, or pass it "
-            "in ignored_params"
+            f"{record.fqn}: a scalar parameter has no dim to shard. Change {record.fqn} to a 1D tensor with numel "
+            "equal to 1, or pass it in ignored_params"
         )
     if placement is None:
         return 0
@@ -85,7 +86,10 @@ def placement_dim(record: ParameterRecord, placement: Shard | None) -> int:
         )
     dim = placement.dim + len(record.shape) if placement.dim < 0 else placement.dim
     if not 0 <= dim < len(record.shape):
-        raise ShardingError(f"{record.fqn}: {placement} is outside shape {tuple(record.shape)}")
+        raise MisuseError(
+            f"{record.fqn}: shard_placement_fn returned Shard({placement.dim}); that Shard dim is invalid for "
+            f"{len(record.shape)}D tensors, and the shape is {tuple(record.shape)}: return a dim it has"
+        )
     return dim
 
 
@@ -109,7 +113,7 @@ def spec_of(record: ParameterRecord, mesh: DeviceMesh, axes: Axes, dim: int) -> 
 
 
 def _concatenate(data_parallel: DeviceMesh, tensor_parallel: DeviceMesh, fqn: str) -> DeviceMesh:
-    if data_parallel._get_root_mesh() is not tensor_parallel._get_root_mesh():
+    if data_parallel._get_root_mesh() != tensor_parallel._get_root_mesh():
         raise ShardingError(
             f"{fqn}: the data-parallel mesh and the tensor-parallel mesh come from different meshes; slice both from "
             'one: mesh = init_device_mesh(..., mesh_dim_names=("dp", "tp")); mesh["dp"], mesh["tp"]'
@@ -128,6 +132,8 @@ def swapped_group(plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn |
         buffer = _new_buffer(
             layout, plan.axes, precision, plan.device, plan.sharding.parameter is Rest.REPLICATE
         )
+        if is_extended(records[0].local):
+            return _extended(name, records, precision, plan, mesh, layout, dims)
         on_meta = any(r.local.is_meta for r in records)
         if on_meta:
             buffer.shard = torch.empty(layout.shard_numel, dtype=precision.master, device="meta")
@@ -144,6 +150,39 @@ def swapped_group(plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn |
         return group
 
     return make
+
+
+def _extended(
+    name: str,
+    records: list[ParameterRecord],
+    precision: GroupPrecision,
+    plan: ShardPlan,
+    mesh: DeviceMesh,
+    layout: DimLayout,
+    dims: list[int],
+) -> ShardGroup:
+    """A group of parameters that gather through their own extensions."""
+    buffer = ExtendedBuffer(
+        layout,
+        plan.axes.shard,
+        compute=precision.compute,
+        master=precision.master,
+        device=plan.device,
+        resident=False,
+    )
+    placeholder = torch.empty(0, dtype=precision.compute)
+    registrations = [
+        ShardedParameter(
+            r,
+            placeholder,
+            local_part(r, buffer, i, plan.axes, plan.broadcast),
+            spec_of(r, mesh, plan.axes, dims[i]),
+        )
+        for i, r in enumerate(records)
+    ]
+    group = ExtendedGroup(name, plan.sharding, plan.axes, precision, buffer, registrations)
+    group.prepare(mesh, plan.policy)
+    return group
 
 
 def _new_buffer(
@@ -166,8 +205,8 @@ def sharded_parameters(group: ShardGroup) -> list[ShardedParameter]:
 @torch.no_grad()
 def deliver(groups: Sequence[ShardGroup]) -> None:
     """Hand reduced gradients to the sharded parameters. A parameter that no rank used keeps its gradient as it is."""
-    for axes in {id(g.axes): g.axes for g in groups}.values():
-        members = [g for g in groups if g.axes is axes]
+    for axes in dict.fromkeys(g.axes for g in groups):
+        members = [g for g in groups if g.axes == axes]
         touched = agree_on_touched(members, axes)
         for group, used in zip(members, touched, strict=True):
             shard = group.gradients.shard
@@ -181,6 +220,28 @@ def deliver(groups: Sequence[ShardGroup]) -> None:
             group.gradients.touched.clear()
 
 
+def was_replaced(group: ShardGroup) -> bool:
+    """Whether a module shows other parameters than the group's, or a local tensor outside the group's shard."""
+    shard, layout = group.buffer.shard, group.buffer.layout
+    for index, registration in enumerate(sharded_parameters(group)):
+        home = registration.homes[0]
+        current = home.module._parameters[home.name]
+        known = (registration.sharded, registration.whole, registration.resting)
+        if current is not None and all(current is not param for param in known):
+            return True
+        if isinstance(group, ExtendedGroup) or not isinstance(layout, DimLayout):
+            continue
+        sharded: Any = registration.sharded
+        local = sharded._local_tensor
+        if local.device != shard.device:
+            return True
+        # By addresses: the first forward may run under a functional transform, which gives new views no storage.
+        expected = shard.data_ptr() + layout.shard_offsets[index] * shard.element_size()
+        if not local.is_meta and local.numel() and local.data_ptr() != expected:
+            return True
+    return False
+
+
 @torch.no_grad()
 def resync(group: ShardGroup) -> None:
     """Take over what was done to the sharded parameters behind the group's back.
@@ -188,11 +249,14 @@ def resync(group: ShardGroup) -> None:
     `module.to(...)`, `to_empty`, `load_state_dict(assign=True)` and the like replace tensors; afterwards the group's
     flat shard holds their values again and each DTensor's local tensor is a view of it.
     """
+    if isinstance(group, ExtendedGroup):
+        return group.take_over()
     registrations = sharded_parameters(group)
     for registration in registrations:
         home = registration.homes[0]
         current = home.module._parameters[home.name]
-        if current is not None and current is not registration.sharded and current is not registration.whole:
+        known = (registration.sharded, registration.whole, registration.resting)
+        if current is not None and all(current is not param for param in known):
             if not isinstance(current, DTensor):
                 raise ShardingError(
                     f"{registration.fqn} was replaced by a plain tensor; a sharded module takes DTensors: load with "
@@ -213,13 +277,7 @@ def resync(group: ShardGroup) -> None:
 
 def _rebuild(group: ShardGroup, registrations: list[ShardedParameter], locals_: list[torch.Tensor]) -> None:
     dtype, device = locals_[0].dtype, locals_[0].device
-    old = group.precision
-    keep = {old.compute, old.reduce, old.grad} == {old.master}
-    group.precision = (
-        GroupPrecision(dtype, dtype, dtype, dtype)
-        if keep
-        else GroupPrecision(old.compute, old.reduce, dtype, dtype)
-    )
+    group.precision = resolve_precision(group.policy, dtype)
     layout = group.buffer.layout
     if not isinstance(layout, DimLayout):
         raise ShardingError(f"{group.name}: only groups of the code door can be rebuilt in place")
@@ -257,8 +315,11 @@ def copy_parameter(registration: ShardedParameter) -> nn.Parameter:
 def copy_group(group: ShardGroup, homes_of: Callable[[Home], Home], copies: dict[int, Any]) -> ShardGroup:
     """A group over deep copies of `group`'s sharded parameters; `copies` maps id(parameter) to its copy."""
     layout = group.buffer.layout
-    if not isinstance(layout, DimLayout):
-        raise ShardingError(f"{group.name}: only groups of the code door can be copied")
+    if not isinstance(layout, DimLayout) or isinstance(group, ExtendedGroup):
+        raise ShardingError(
+            f"{group.name}: only groups of the code door without all-gather extensions can be copied; copy the model "
+            "before fully_shard"
+        )
     buffer = _new_buffer(layout, group.axes, group.precision, group.buffer.device, group.resident)
     buffer.shard = group.buffer.shard.detach().clone()
     if not group.resident:
@@ -274,4 +335,6 @@ def copy_group(group: ShardGroup, homes_of: Callable[[Home], Home], copies: dict
         for home in new.homes:
             home.register(sharded)
         registrations.append(new)
-    return ShardGroup(group.name, group.sharding, group.axes, group.precision, buffer, registrations)
+    made = ShardGroup(group.name, group.sharding, group.axes, group.precision, buffer, registrations)
+    made.policy = group.policy
+    return made

@@ -132,6 +132,10 @@ class FSDPModule(TorchFSDPModule):
 
     def set_all_reduce_hook(self, hook: Callable[[torch.Tensor], None], *, stream: Any = None) -> None:
         """Run `hook` on each reduced flat gradient, in place, before it is added to the parameters' gradients."""
+        if stream is not None and any(g.axes.replicate.size > 1 for g in self._unit.groups):
+            raise ShardingError(
+                "set_all_reduce_hook: with replicas the hook runs where their sum arrives; leave stream=None"
+            )
         if stream is not None:
             raise UnsupportedError(
                 "set_all_reduce_hook: a separate stream is not available; leave stream=None"

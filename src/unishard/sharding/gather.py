@@ -52,11 +52,13 @@ def gather(params: Any, modifier_rank: int | None = None, enabled: bool = True) 
     singles = _singles(params) if enabled else []
     for param, single in singles:
         single.reopen(param)
-    held = [group.shown_whole for group in groups]
+    # Inside another gather() of the same parameters, that one takes care of them.
+    before = [(group, group.shown_whole, group.held) for group in groups]
     for group in groups:
         group.unshard()
     for group in groups:
         group.wait()
+        group.held = True
     try:
         yield
     finally:
@@ -66,7 +68,8 @@ def gather(params: Any, modifier_rank: int | None = None, enabled: bool = True) 
                 single.close(param)
             else:
                 single.drop(param)
-        for group, was_whole in zip(groups, held, strict=True):
+        for group, was_whole, was_held in before:
+            group.held = was_held
             if modifier_rank is not None:
                 _take_over(group, modifier_rank)
             if not was_whole:

@@ -13,7 +13,7 @@ from unishard.sharding.buffer import GroupBuffer
 from unishard.sharding.gradient import GroupGradients, Reduction
 from unishard.sharding.parameter import Registration
 from unishard.sharding.placement import Placement, Sharding
-from unishard.sharding.precision import GroupPrecision
+from unishard.sharding.precision import GroupPrecision, MixedPrecision
 
 
 class ShardGroup:
@@ -36,6 +36,8 @@ class ShardGroup:
         self.sharding = sharding
         self.axes = axes
         self.precision = precision
+        self.policy = MixedPrecision()
+        """What `precision` was resolved from; resolved again when users change the parameters' dtype."""
         self.buffer = buffer
         self.registrations = list(registrations)
         self.gradients = GroupGradients(buffer, axes, precision)
@@ -45,6 +47,8 @@ class ShardGroup:
         self._gathered_version = -1
         self._secondary: tuple[Communicator, torch.Tensor] | None = None
         self.shown_whole = False
+        self.held = False
+        """Whether a `gather` block keeps the whole parameters in sight, whatever runs inside it."""
         self.trainable: frozenset[int] = frozenset()
         self.refresh_trainable()
 
@@ -122,7 +126,7 @@ class ShardGroup:
 
     def show_sharded(self) -> None:
         """Show what rests; memory stays as it is."""
-        if self.shown_whole:
+        if self.shown_whole and not self.held:
             self.shown_whole = False
             for registration in self.registrations:
                 registration.to_sharded()
@@ -131,7 +135,7 @@ class ShardGroup:
         """Release the whole parameters. With `keep_within`, hold 1/size of them for a gather inside that subgroup."""
         if self._pending is not None:
             self.wait()
-        if self.resident and self.registrations[0].in_place:
+        if self.held or (self.resident and self.registrations[0].in_place):
             return
         self.show_sharded()
         if self.resident or not self._gathered:

@@ -77,8 +77,10 @@ class UnitHooks:
         if in_backward():
             self._enter_recomputation()
         elif module not in self._remaining or len(self.unit.modules) == 1:
+            # Gathers write into memory that a functional transform (torch.func.jvp) would see as captured.
+            with torch._C._DisableFuncTorch():
+                self._enter()
             self._remaining = set(self.unit.modules)
-            self._enter()
         unit = self.unit
         if unit.policy.cast_forward_inputs and unit.policy.param_dtype is not None:
             args, kwargs = cast_floating((args, kwargs), unit.policy.param_dtype)
@@ -114,19 +116,38 @@ class UnitHooks:
         self._remaining.discard(module)
         unit = self.unit
         if not self._remaining and not in_backward():
-            self._leave(output)
+            output = self._leave(output)
         elif torch.is_grad_enabled() and not in_backward():
             self._watch_outputs(output)
         return cast_floating(output, unit.policy.output_dtype)
 
-    def _leave(self, output: Any) -> None:
+    def _leave(self, output: Any) -> Any:
         unit, schedule = self.unit, self.schedule
+        for other in schedule.unfinished(unit):
+            # Some modules of a list did not run in this forward (a head that the loss calls piece by piece).
+            output = other.hooks.leave_early(output)
         if torch.is_grad_enabled():
             self._watch_outputs(output)
         unit.phase = Phase.RESTING
         if unit.releases_after_forward:
             unit.reshard(after_forward=True)
         schedule.leave_forward(unit)
+        return output
+
+    def leave_early(self, output: Any) -> Any:
+        """End this unit's forward although not all of its modules ran; `output` is the root's."""
+        self._remaining.clear()
+        output = self._leave(output)
+        return cast_floating(output, self.unit.policy.output_dtype)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a forward through some of the unit's modules is under way."""
+        return bool(self._remaining)
+
+    def forget_forward(self) -> None:
+        """No forward is under way."""
+        self._remaining.clear()
 
     # backward ----------------------------------------------------------------------------------------------
 

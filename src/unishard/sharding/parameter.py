@@ -203,6 +203,7 @@ class SwappedParameter(Registration):
         super().__init__(record)
         self.tensor_parallel = tensor_parallel_of(record.param)
         self.sharded = sharded
+        self._shown_at_rest: nn.Parameter | None = None
         mark_taken(record)
         self._whole = self._make_whole(view, record.param)
         self.is_whole = False
@@ -221,9 +222,25 @@ class SwappedParameter(Registration):
         _copy_attributes(original, whole)
         return whole
 
+    @property
+    def resting(self) -> nn.Parameter:
+        """What modules show between uses: the sharded parameter, unless `rest_as` put another in its place."""
+        return self.sharded if self._shown_at_rest is None else self._shown_at_rest
+
+    def rest_as(self, param: nn.Parameter | None) -> None:
+        """Show `param` between uses; `None` means the sharded parameter again."""
+        self._shown_at_rest = param
+        if not self.is_whole:
+            for home in self.homes:
+                home.register(self.resting)
+
     def replace_whole(self, view: torch.Tensor) -> None:
         """Compute with new memory from now on; the module must show the sharded parameter."""
         self._whole = self._make_whole(view, self._whole)
+
+    def use_whole(self, whole: nn.Parameter) -> None:
+        """Compute with `whole` from now on."""
+        self._whole = whole
 
     @property
     def visible(self) -> nn.Parameter:
@@ -245,7 +262,7 @@ class SwappedParameter(Registration):
         if self.is_whole:
             self.is_whole = False
             for home in self.homes:
-                home.register(self.sharded)
+                home.register(self.resting)
 
     def localize(self, grad: torch.Tensor) -> torch.Tensor:
         if self.tensor_parallel is not None and is_dtensor(grad):

@@ -113,7 +113,7 @@ class Schedule:
         self.units = list(units)
         self.groups = [group for unit in self.units for group in unit.groups]
         self.queue = ReductionQueue([g for unit in reversed(self.units) for g in unit.groups])
-        self.axes: list[Axes] = list({id(g.axes): g.axes for g in self.groups}.values())
+        self.axes: list[Axes] = list(dict.fromkeys(g.axes for g in self.groups))
         self.prefetch = True
         self.training = True
         """Whether the forward under way began with gradients enabled."""
@@ -160,6 +160,13 @@ class Schedule:
         self._position = position + 1
         if self._position < len(self._expected):
             self._expected[self._position].unshard()
+
+    def unfinished(self, unit: ShardUnit) -> list[ShardUnit]:
+        """Units whose forward began inside that of `unit`, the outermost now running, and did not end; inner first."""
+        if not self._current or self._current[0] is not unit:
+            return []
+        ran = set(self._current)
+        return [u for u in reversed(self.units) if u is not unit and u in ran and u.hooks.unfinished]
 
     def leave_forward(self, unit: ShardUnit) -> None:
         self._depth -= 1
@@ -219,6 +226,7 @@ class Schedule:
         self.queue.flush()
         self._agree_on_order()
         self.backward_active = False
+        self._end_forward()
         for unit in self.units:
             unit.phase = Phase.RESTING
             unit.open_calls = 0
@@ -227,6 +235,13 @@ class Schedule:
         self._ran.clear()
         self.deliver([g for unit in self.units if unit.reduce_gradients for g in unit.groups if g.trainable])
         self.after_backward()
+
+    def _end_forward(self) -> None:
+        """Calls of single modules out of a list never add up to a forward of their unit."""
+        for unit in self.units:
+            if unit.hooks.unfinished:
+                unit.hooks.forget_forward()
+                self._depth = 0
 
     def _agree_on_order(self) -> None:
         """After the first backward that reduced, take rank 0's order of completion for all later ones."""
@@ -254,7 +269,9 @@ class Schedule:
         self.backward_active = False
         self.queue.abandon()
         self._ran.clear()
+        self._depth = 0
         for unit in self.units:
+            unit.hooks.forget_forward()
             unit.phase = Phase.RESTING
             unit.open_calls = 0
             for group in unit.groups:

@@ -57,6 +57,8 @@ class ShardUnit:
         self.forward_prefetch: list[ShardUnit] | None = None
         self.backward_prefetch: list[ShardUnit] | None = None
         self.unshard_in_backward = True
+        self.tied_elsewhere: list[tuple[str, str]] = []
+        """Parameters that another unit had sharded before, with their names there; refused at the first forward."""
         self.hooks: UnitHooks
         self.open_calls = 0
         """Forward calls whose backward has not reached their inputs yet."""
