@@ -15,12 +15,20 @@ from torch import Tensor
 
 
 def standard_library(limit: int) -> str:
-    """The top-level modules of the standard library in name order, up to `limit` characters."""
+    """Modules of the standard library in name order, top-level ones first, up to `limit` characters.
+
+    Raises `FileNotFoundError` where Python was installed without its sources.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        file for pattern in ("*.py", "asyncio/*.py", "email/*.py") for file in sorted(folder.glob(pattern))
+    ]
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no .py files; use a Python that was installed with its sources"
+        )
     parts, size = [], 0
-    for file in (
-        sorted(folder.glob("*.py")) + sorted(folder.glob("asyncio/*.py")) + sorted(folder.glob("email/*.py"))
-    ):
+    for file in files:
         text = file.read_text(encoding="utf-8", errors="ignore")
         parts.append(text)
         size += len(text)

@@ -58,14 +58,15 @@ def parse() -> Options:
     parser.add_argument(
         "--preset", help="a sharding preset, instead of the config's: ZERO1, ZERO2, ZERO3, ..."
     )
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences a rank and step")
+    parser.add_argument("--steps", type=int, default=120, help="and the length of the schedule")
+    parser.add_argument("--batch-size", type=int, help="sequences a rank and step, instead of the config's")
     parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-table", action="store_true", help="skip the comparison of presets at the end")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     args = parser.parse_args()
     shape, characters = Shape(), 3_000_000
+    configured = json.loads(args.config.read_text()).get("train_micro_batch_size_per_gpu", 4)
     if args.quick:
         shape, characters = Shape(vocabulary=512, context=32, width=32, heads=2, depth=2), 100_000
     return Options(
@@ -73,13 +74,17 @@ def parse() -> Options:
         door=args.door,
         preset=args.preset,
         steps=args.steps,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or configured,
         out=args.out,
         seed=args.seed,
         table=not args.no_table,
         shape=shape,
         characters=characters,
     )
+
+
+class Interrupted(Exception):
+    """Raised on every rank at the same step."""
 
 
 class Interrupt:
@@ -93,21 +98,27 @@ class Interrupt:
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
 
-    def agreed(self) -> bool:
+    def check(self) -> None:
+        """Raise `Interrupted` on all ranks if any was asked to stop. All ranks call together."""
         flag = torch.tensor([int(self._asked)])
-        return bool(communicator(dist.group.WORLD).all_reduce_control(flag, "max").item())
+        if communicator(dist.group.WORLD).all_reduce_control(flag, "max").item():
+            raise Interrupted
 
 
 def prepare_text(options: Options, rank: int) -> tuple[Tokenizer, torch.Tensor]:
-    """Train the tokenizer once, on the first rank; all ranks load it."""
+    """Train the tokenizer once, on the first rank; all ranks load it. Fails on all ranks or on none."""
+    world = communicator(dist.group.WORLD)
     file = options.out / f"tokenizer-{options.shape.vocabulary}-{options.characters}.json"
-    text = standard_library(options.characters)
-    with agree(communicator(dist.group.WORLD), "train the tokenizer"):
+    with agree(world, "train the tokenizer"):
+        text = standard_library(options.characters)
         if rank == 0 and not file.exists():
             options.out.mkdir(parents=True, exist_ok=True)
-            train_tokenizer(text, options.shape.vocabulary).save(str(file))
-    tokenizer = Tokenizer.from_file(str(file))
-    return tokenizer, torch.tensor(tokenizer.encode(text).ids)
+            unfinished = file.with_suffix(".part")
+            train_tokenizer(text, options.shape.vocabulary).save(str(unfinished))
+            unfinished.replace(file)
+    with agree(world, "load the tokenizer"):
+        tokenizer = Tokenizer.from_file(str(file))
+        return tokenizer, torch.tensor(tokenizer.encode(text).ids)
 
 
 def build(options: Options, config: dict[str, Any]) -> Trainer:
@@ -153,17 +164,21 @@ def evaluate(trainer: Trainer, held_out: Batches, batches: int = 4) -> float:
 
 
 def train(
-    options: Options, trainer: Trainer, data: Batches, held_out: Batches, monitors: list[Monitor]
-) -> bool:
-    """Run the steps. False if the run was interrupted."""
+    options: Options,
+    trainer: Trainer,
+    data: Batches,
+    held_out: Batches,
+    monitors: list[Monitor],
+    interrupt: Interrupt,
+) -> None:
+    """Run the steps, each recorded by `monitors`. Raises `Interrupted` between two of them."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    interrupt, start = Interrupt(), time.perf_counter()
+    start = time.perf_counter()
     tokens = options.batch_size * options.shape.context * world
     note, every = "", max(options.steps // 4, 1)
     with progress_bar(rank == 0, options.steps) as show:
         for step in range(1, options.steps + 1):
-            if interrupt.agreed():
-                return False
+            interrupt.check()
             rate = trainer.learning_rate()
             with record_traffic() as traffic:
                 loss = trainer.step(*data.at(step))
@@ -183,10 +198,9 @@ def train(
             )
             for monitor in monitors:
                 monitor.write(record)
-    return True
 
 
-def run(options: Options, console: Console) -> int:
+def run(options: Options, console: Console, interrupt: Interrupt) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     tokenizer, tokens = prepare_text(options, rank)
     split = int(0.95 * len(tokens))
@@ -200,20 +214,13 @@ def run(options: Options, console: Console) -> int:
     )
     monitors: list[Monitor] = []
     if rank == 0:
-        monitors = [
-            JsonlMonitor(options.out / "steps.jsonl"),
-            TensorBoardMonitor(options.out / "tensorboard"),
-        ]
+        folder = options.out / time.strftime("%Y-%m-%d-%H%M%S")
+        monitors = [JsonlMonitor(folder / "steps.jsonl"), TensorBoardMonitor(folder)]
     try:
-        finished = train(options, trainer, data, held_out, monitors)
+        train(options, trainer, data, held_out, monitors, interrupt)
     finally:
         for monitor in monitors:
             monitor.close()
-    if not finished:
-        console.print(
-            f"interrupted: all {world} ranks stopped at the same step; records are in {options.out}"
-        )
-        return 130
     loss = evaluate(trainer, held_out)
     console.print(f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}; records are in {options.out}")
     prompt = torch.tensor([tokenizer.encode("def ").ids])
@@ -222,17 +229,27 @@ def run(options: Options, console: Console) -> int:
     console.print("sample:", style="bold")
     console.print(tokenizer.decode(sample[0].tolist()), markup=False, highlight=False)
     if options.table:
-        small = replace(options, steps=20, batch_size=min(options.batch_size, 2))
-        compare_presets(small.shape, load_config(small), data, console)
-    return 0
+        small = replace(options, batch_size=1)
+        compare_presets(small.shape, load_config(small), data, console, interrupt.check)
 
 
 def main() -> int:
-    options = parse()
+    options, interrupt = parse(), Interrupt()
     ensure_process_group()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    return run(options, Console(quiet=dist.get_rank() != 0))
+    console = Console(quiet=dist.get_rank() != 0)
+    status = 0
+    try:
+        run(options, console, interrupt)
+    except Interrupted:
+        ranks = dist.get_world_size()
+        console.print(
+            f"interrupted: all {ranks} ranks stopped at the same step; records are in {options.out}"
+        )
+        status = 130
+    dist.barrier()  # the launcher stops the others as soon as one rank leaves with an error
+    return status
 
 
 if __name__ == "__main__":

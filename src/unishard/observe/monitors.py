@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ class Monitor(Protocol):
 class JsonlMonitor:
     """One JSON object a line, flushed at once: a run that dies leaves whole lines.
 
+    JSON has no NaN and no infinity: a loss or norm that is not finite is written as null.
+
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "run.jsonl"
     >>> monitor = JsonlMonitor(file); monitor.write(StepRecord(1, 2.0, 0.1)); monitor.close()
@@ -33,11 +36,16 @@ class JsonlMonitor:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, record: StepRecord) -> None:
-        self._file.write(json.dumps(record.as_dict()) + "\n")
+        fields = {name: _finite(value) for name, value in record.as_dict().items()}
+        self._file.write(json.dumps(fields, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 class TensorBoardMonitor:
@@ -55,6 +63,8 @@ class TensorBoardMonitor:
     def write(self, record: StepRecord) -> None:
         for name, value in record.scalars().items():
             self._writer.add_scalar(f"Train/{name}", value, record.step)
+        # The writer keeps events in memory for minutes, and drops them at exit unless someone closes it.
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
