@@ -58,7 +58,7 @@ def parse() -> Options:
     parser.add_argument(
         "--preset", help="a sharding preset, instead of the config's: ZERO1, ZERO2, ZERO3, ..."
     )
-    parser.add_argument("--steps", type=int, default=120, help="and the length of the schedule")
+    parser.add_argument("--steps", type=int, default=100, help="and the length of the schedule")
     parser.add_argument("--batch-size", type=int, help="sequences a rank and step, instead of the config's")
     parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"))
     parser.add_argument("--seed", type=int, default=0)
