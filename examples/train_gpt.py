@@ -29,8 +29,9 @@ from doors import Trainer, code_door, config_door
 from gpt import GPT, Shape, generate
 from text import Batches, standard_library, train_tokenizer
 from unishard.dist.agree import agree
-from unishard.dist.collectives import communicator, record_traffic
+from unishard.dist.collectives import communicator
 from unishard.dist.mesh import ensure_process_group
+from unishard.dist.traffic import record_traffic
 from unishard.observe.monitors import JsonlMonitor, Monitor, TensorBoardMonitor
 from unishard.observe.record import StepRecord
 

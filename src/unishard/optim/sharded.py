@@ -248,6 +248,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for group in groups:
                 if group.resident:
                     group.wait()
+            self._schedule.drain()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state over local pieces, and the loss scale."""

@@ -293,7 +293,7 @@ def _rebuild(group: ShardGroup, registrations: list[ShardedParameter], locals_: 
         buffer.release()
     group.buffer = buffer
     divisor, predivide = group.gradients.divisor, group.gradients.predivide
-    group.gradients = GroupGradients(buffer, group.axes, group.precision)
+    group.gradients = GroupGradients(buffer, group.axes, group.precision, group.name)
     group.gradients.divisor, group.gradients.predivide = divisor, predivide
     group.reset()
 

@@ -40,7 +40,7 @@ class ShardGroup:
         """What `precision` was resolved from; resolved again when users change the parameters' dtype."""
         self.buffer = buffer
         self.registrations = list(registrations)
-        self.gradients = GroupGradients(buffer, axes, precision)
+        self.gradients = GroupGradients(buffer, axes, precision, name)
         self.resident = sharding.parameter is Placement.REPLICATE
         self._pending: Pending | None = None
         self._gathered = False
@@ -104,10 +104,10 @@ class ShardGroup:
             self.buffer.allocate()
             with torch.no_grad():
                 self.buffer.full.chunk(comm.size)[comm.rank].copy_(piece)
-            self._pending = comm.all_gather(self.buffer.full)
+            self._pending = comm.all_gather(self.buffer.full, label=self.name, source=piece)
             self._secondary = None
         else:
-            self._pending = self.buffer.gather()
+            self._pending = self.buffer.gather(self.name)
 
     def wait(self) -> None:
         """Finish the gather and show the whole parameters in their modules."""
