@@ -27,7 +27,9 @@ from unishard.dist.in_place import (
     ReducePlan,
     Sources,
     Target,
+    encode_label,
     plan_flat,
+    reduce_small,
     sum_dtype,
 )
 from unishard.dist.memory_window import MemoryWindow, open_window
@@ -146,7 +148,7 @@ class Communicator:
         if self.window is None:
             raise StateError(f"{label}: peers' memory cannot be read; ask `window` first")
         count(op, (self.size - 1) * source.numel() * source.element_size())
-        return InPlaceGather(self.window, source, full, plan, f"{op} {label}")
+        return InPlaceGather(self.window, source, full, plan, encode_label(op, label))
 
     def reduce_in_place(
         self,
@@ -166,7 +168,7 @@ class Communicator:
         if self.window is None:
             raise StateError(f"{label}: peers' memory cannot be read; ask `window` first")
         count(op, (self.size - 1) * sent)
-        return InPlaceReduce(self.window, sources, plan, target, finish, f"{op} {label}")
+        return InPlaceReduce(self.window, sources, plan, target, finish, encode_label(op, label))
 
     @property
     def in_flight(self) -> int:
@@ -240,11 +242,11 @@ class Communicator:
         count(op, (self.size - 1) * own.numel() * own.element_size())
         if self.window is not None:
             plan = plan_flat(full.numel(), self.size, self.rank, full.element_size())[0]
-            total = torch.empty(own.numel(), dtype=sum_dtype(own.dtype))
+            total = torch.empty(own.numel(), dtype=sum_dtype(own.dtype), device="cpu")
             target = Target(total, accumulate=False, scale=1.0)
             sources = Sources([full], packed=True, dtype=full.dtype)
             return InPlaceReduce(
-                self.window, sources, plan, lambda: target, lambda: finish(total), f"{op} {label}"
+                self.window, sources, plan, lambda: target, lambda: finish(total), encode_label(op, label)
             )
         if self.point_to_point:
             received = {p: torch.empty_like(own) for p in self._peers()}
@@ -273,7 +275,7 @@ class Communicator:
         if self.window is not None:
             count(op, 2 * (self.size - 1) * flat.numel() * flat.element_size() // self.size)
             plans = plan_flat(flat.numel(), self.size, self.rank, flat.element_size())
-            return InPlaceAllReduce(self.window, flat, plans, scale, f"{op} {label}")
+            return InPlaceAllReduce(self.window, flat, plans, scale, encode_label(op, label))
         if not (self.point_to_point and flat.element_size() < 4):
             count(op, 2 * (self.size - 1) * flat.numel() * flat.element_size() // self.size)
             work = dist.all_reduce(flat, group=self.group, async_op=True)
@@ -301,6 +303,9 @@ class Communicator:
                 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size,
                 control=True,
             )
+            if self.window is not None and tensor.is_contiguous():
+                reduce_small(self.window, tensor, reduce, b"control")
+                return tensor
             ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
             dist.all_reduce(tensor, op=ops[reduce], group=self.group)
         return tensor

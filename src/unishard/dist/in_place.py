@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from unishard.dist.memory_window import MemoryWindow, copy_from
+from unishard.dist.memory_window import MAX_VECTORS, MemoryWindow, copy_from
 
 # Measured: single reads of 1 to 4 MB are the fastest, longer ones a third slower.
 _READ_BYTES = 1 << 21
@@ -41,6 +41,8 @@ class Batch:
     sizes: np.ndarray
     start: int
     numel: int
+    bytes: int
+    """The sum of `sizes`."""
 
 
 def _split(spans: Iterable[Span], limit: int) -> Iterable[Span]:
@@ -63,13 +65,13 @@ def plan_batches(spans: Iterable[Span], itemsize: int, limit_bytes: int) -> list
             start, stop = members[0].target, members[-1].target + members[-1].numel
             index, source, target, numel = np.array(members, np.uint64).reshape(-1, 4).T.copy()
             size = np.uint64(itemsize)
-            batch = Batch(index.astype(np.intp), source * size, target * size, numel * size, start, stop - start)
+            batch = Batch(index.astype(np.intp), source * size, target * size, numel * size, start, stop - start, int(numel.sum()) * itemsize)
             batches.append(batch)
             members.clear()
 
     limit = max(limit_bytes // itemsize, 1)
     for span in _split(sorted(spans, key=lambda s: s.target), limit):
-        if members and span.target + span.numel - members[0].target > limit:
+        if members and (span.target + span.numel - members[0].target > limit or len(members) == MAX_VECTORS):
             close()
         members.append(span)
     close()
@@ -83,10 +85,18 @@ def _read(pid: int, batch: Batch, bases: np.ndarray, local: int) -> None:
     np.add(batch.target, np.uint64(local), out=vectors[0, :, 0])
     np.add(batch.source, theirs, out=vectors[1, :, 0])
     vectors[:, :, 1] = batch.sizes
+    size = batch.bytes
     if not theirs.all():
         kept = theirs != 0
         vectors = np.ascontiguousarray(vectors[:, kept])
-    copy_from(pid, vectors[0], vectors[1])
+        size = int(batch.sizes[kept].sum())
+    copy_from(pid, vectors[0], vectors[1], size)
+
+
+@lru_cache(maxsize=4096)
+def encode_label(op: str, label: str) -> bytes:
+    """What an operation is called in the page that ranks share."""
+    return f"{op} {label}".encode()[:112]
 
 
 GatherPlan = Sequence[Sequence[Batch]]
@@ -102,7 +112,7 @@ class InPlaceGather:
     """Peers' shards on their way into `full`; this rank's own part is there already."""
 
     def __init__(
-        self, window: MemoryWindow, source: torch.Tensor, full: torch.Tensor, plan: GatherPlan, label: str
+        self, window: MemoryWindow, source: torch.Tensor, full: torch.Tensor, plan: GatherPlan, label: bytes
     ) -> None:
         self._window: MemoryWindow | None = window
         self._owner = window
@@ -189,11 +199,11 @@ class InPlaceReduce:
         plan: ReducePlan,
         target: Callable[[], Target],
         finish: Callable[[], None],
-        label: str,
+        label: bytes,
     ) -> None:
         self._window: MemoryWindow | None = window
         self._owner = window
-        self._own = [None if s is None else s.view(-1) for s in sources.tensors]
+        self._own = sources.tensors
         self._packed, self._dtype = sources.packed, sources.dtype
         self._plan, self._target, self._finish, self._label = plan, target, finish, label
         self._aliased = False
@@ -210,8 +220,8 @@ class InPlaceReduce:
         storage = target.out.untyped_storage().data_ptr()
         self._aliased = any(s is not None and s.untyped_storage().data_ptr() == storage for s in self._own)
         largest = max((chunk.numel for chunk in self._plan), default=0)
-        raw = torch.empty(largest, dtype=self._dtype)
-        total = torch.empty(largest, dtype=sum_dtype(target.out.dtype))
+        raw = torch.empty(largest, dtype=self._dtype, device="cpu")
+        total = torch.empty(largest, dtype=sum_dtype(target.out.dtype), device="cpu")
         with torch.no_grad():
             for chunk in self._plan:
                 self._sum(window, chunk, everyone, target, raw, total)
@@ -257,9 +267,9 @@ class InPlaceReduce:
             source = self._own[int(batch.index[0])]
             if source is not None:
                 start = int(batch.source[0]) // source.element_size()
-                return source[start : start + batch.numel]
+                return source.view(-1)[start : start + batch.numel]
         part = raw[: batch.numel]
-        covered = int(batch.sizes.sum()) == batch.numel * part.element_size()
+        covered = batch.bytes == batch.numel * part.element_size()
         if not (covered and bases[batch.index].all()):
             part.zero_()
         _read(window.pids[rank], batch, bases, part.data_ptr() - batch.start * part.element_size())
@@ -275,7 +285,7 @@ class InPlaceAllReduce:
         flat: torch.Tensor,
         plans: tuple[ReducePlan, GatherPlan],
         scale: float,
-        label: str,
+        label: bytes,
     ) -> None:
         reduce_plan, gather_plan = plans
         own = flat[slice(*slice_bounds(flat.numel(), window.size, window.rank))]
@@ -319,3 +329,17 @@ def plan_flat(numel: int, size: int, rank: int, itemsize: int) -> tuple[ReducePl
     start, stop = bounds[rank]
     reduce = plan_packed_reduce(start, stop - start, itemsize)
     return reduce, plan_gather([[Span(0, 0, first, last - first)] for first, last in bounds], itemsize)
+
+
+def reduce_small(window: MemoryWindow, tensor: torch.Tensor, reduce: str, label: bytes) -> None:
+    """Reduce a small tensor over ranks in place, `reduce` in {"sum", "max", "min"}; blocks. May be written at once."""
+    numel, size = tensor.numel(), tensor.numel() * tensor.element_size()
+    ticket = window.publish([tensor.detach().clone()], label)
+    parts = torch.empty(window.size, numel, dtype=tensor.dtype, device="cpu")
+    for rank in range(window.size):
+        [base] = window.addresses(rank, ticket, label)
+        local, remote = np.array([[[parts[rank].data_ptr(), size]], [[base, size]]], np.uint64)
+        copy_from(window.pids[rank], local, remote, size)
+    window.finish(ticket)
+    reducers = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+    tensor.view(-1).copy_(reducers[reduce](parts, dim=0))

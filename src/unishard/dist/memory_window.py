@@ -38,10 +38,10 @@ SWITCH = "UNISHARD_TRANSPORT"
 _SLOTS = 256
 _LABEL = 112
 _SLOT = np.dtype([("ticket", "<u4"), ("count", "<u4"), ("address", "<u8"), ("label", f"S{_LABEL}")])
-_SPINS = 200
-_NAP_SECONDS = 0.05
+_SPINS = 50
+# A sleeper announces itself and looks again; a store and a load may still pass each other, which costs one nap.
+_NAP_SECONDS = 0.002
 _LOOK_AROUND_SECONDS = 0.5
-_MAX_VECTORS = 1024  # IOV_MAX
 _FUTEX_NUMBER, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 _SET_PTRACER, _ANYBODY = 0x59616D61, ctypes.c_ulong(-1)
 
@@ -64,24 +64,27 @@ def _wake(word: int) -> None:
     _libc.syscall(_FUTEX_NUMBER, ctypes.c_void_p(word), _FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
 
 
-def copy_from(pid: int, local: np.ndarray, remote: np.ndarray) -> None:
-    """Copy memory of process `pid` into this one's. Both are (k, 2) uint64 arrays of address and bytes, C-contiguous.
+_readv = _libc.process_vm_readv
+_readv.restype = ctypes.c_ssize_t
+_readv.argtypes = (
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
+)  # fmt: skip
 
-    Raises `RankError` if the other process or its memory is gone.
+
+MAX_VECTORS = 1024
+"""How many pieces one `copy_from` takes: the kernel's IOV_MAX."""
+
+
+def copy_from(pid: int, local: np.ndarray, remote: np.ndarray, size: int) -> None:
+    """Copy `size` bytes of process `pid`'s memory into this one's.
+
+    `local` and `remote` are (k, 2) uint64 arrays of address and bytes, C-contiguous, k at most `MAX_VECTORS`. Raises
+    `RankError` if the other process or its memory is gone.
     """
-    for start in range(0, len(local), _MAX_VECTORS):
-        mine, theirs = local[start : start + _MAX_VECTORS], remote[start : start + _MAX_VECTORS]
-        copied = _libc.process_vm_readv(
-            pid,
-            ctypes.c_void_p(mine.ctypes.data),
-            ctypes.c_ulong(len(mine)),
-            ctypes.c_void_p(theirs.ctypes.data),
-            ctypes.c_ulong(len(theirs)),
-            ctypes.c_ulong(0),
-        )
-        if copied != int(mine[:, 1].sum()):
-            cause = os.strerror(ctypes.get_errno()) if copied < 0 else f"only {copied} bytes could be read"
-            raise RankError(f"reading the memory of process {pid} failed: {cause}; did that rank end?")
+    copied = _readv(pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0)
+    if copied != size:
+        cause = os.strerror(ctypes.get_errno()) if copied < 0 else f"only {copied} of {size} bytes could be read"
+        raise RankError(f"reading the memory of process {pid} failed: {cause}; did that rank end?")
 
 
 class MemoryWindow:
@@ -97,6 +100,7 @@ class MemoryWindow:
         self._slots = np.frombuffer(page, _SLOT, n * _SLOTS).reshape(n, _SLOTS)
         self._done = np.frombuffer(page, np.uint32, n * _SLOTS * n, n * slots).reshape(n, _SLOTS, n)
         self._left = np.frombuffer(page, np.uint32, n, n * slots + n * _SLOTS * n * 4)
+        self._asleep = np.frombuffer(page, np.uint32, n, n * slots + n * _SLOTS * n * 4 + n * 4)
         self._slots_at, self._done_at = base, base + n * slots
         self._next = 1
         self._held: dict[int, Any] = {}
@@ -105,12 +109,15 @@ class MemoryWindow:
 
     @staticmethod
     def page_bytes(size: int) -> int:
-        return size * _SLOTS * _SLOT.itemsize + size * _SLOTS * size * 4 + size * 4
+        return size * _SLOTS * _SLOT.itemsize + size * _SLOTS * size * 4 + 2 * size * 4
 
     # publishing --------------------------------------------------------------------------------------------
 
-    def publish(self, tensors: Sequence[torch.Tensor | None], label: str) -> int:
-        """Let peers read `tensors` (`None` stands for nothing there) until they have; returns the ticket."""
+    def publish(self, tensors: Sequence[torch.Tensor | None], label: bytes) -> int:
+        """Let peers read `tensors` (`None` stands for nothing there) until they have; returns the ticket.
+
+        `label`, at most 112 bytes, must be the same on all ranks.
+        """
         self._reap()
         ticket, self._next = self._next, self._next + 1
         index = ticket % _SLOTS
@@ -121,17 +128,18 @@ class MemoryWindow:
         slot = self._slots[self.rank, index]
         slot["count"] = len(tensors)
         slot["address"] = addresses[0] if len(tensors) == 1 else addresses.ctypes.data
-        slot["label"] = label.encode()[:_LABEL]
+        slot["label"] = label
         slot["ticket"] = ticket  # last: whoever sees it may read the rest
-        _wake(self._slots_at + (self.rank * _SLOTS + index) * _SLOT.itemsize)
+        if any(self._asleep.tolist()):
+            _wake(self._slots_at + (self.rank * _SLOTS + index) * _SLOT.itemsize)
         return ticket
 
     def finish(self, ticket: int) -> None:
         """This rank has read what it needs of `ticket` from every peer."""
         index = ticket % _SLOTS
         self._done[:, index, self.rank] = ticket
-        for owner in range(self.size):
-            if owner != self.rank:
+        for owner, asleep in enumerate(self._asleep.tolist()):
+            if asleep and owner != self.rank:
                 _wake(self._reader_word(owner, index, self.rank))
         self._finished.add(ticket)
 
@@ -173,28 +181,30 @@ class MemoryWindow:
 
     # reading -----------------------------------------------------------------------------------------------
 
-    def addresses(self, peer: int, ticket: int, label: str) -> np.ndarray:
+    def addresses(self, peer: int, ticket: int, label: bytes) -> np.ndarray:
         """Where `peer` published ticket `ticket`: uint64 addresses, 0 for nothing. Waits for it.
 
         Raises `RankError` if the peer is gone, or published something else under this number.
         """
+        if peer == self.rank:
+            return self._held[ticket][1]
         index = ticket % _SLOTS
         slot = self._slots[peer, index]
         word = self._slots_at + (peer * _SLOTS + index) * _SLOT.itemsize
         self._wait(lambda: int(slot["ticket"]), word, peer, ticket)
-        theirs = bytes(slot["label"])
-        if theirs != label.encode()[:_LABEL]:
+        if slot["label"] != label[:_LABEL]:
+            mine, theirs = (text.decode(errors="replace") for text in (label, slot["label"]))
             raise RankError(
-                f"ranks do not do the same: as operation {ticket} of this group, rank {self.rank} does {label!r} and "
-                f"rank {peer} does {theirs.decode(errors='replace')!r}; all ranks must run the same modules in the same "
-                "order"
+                f"ranks do not do the same: as operation {ticket} of this group, rank {self.rank} does {mine!r} and "
+                f"rank {peer} does {theirs!r}; all ranks must run the same modules in the same order"
             )
         count = int(slot["count"])
         if count == 1:
             return np.array([slot["address"]], np.uint64)
         found = np.empty(count, np.uint64)
-        local = np.array([[found.ctypes.data, 8 * count]], np.uint64)
-        copy_from(self.pids[peer], local, np.array([[slot["address"], 8 * count]], np.uint64))
+        size = 8 * count
+        local, remote = np.array([[[found.ctypes.data, size]], [[slot["address"], size]]], np.uint64)
+        copy_from(self.pids[peer], local, remote, size)
         return found
 
     def _wait(self, value: Callable[[], int], word: int, peer: int, ticket: int) -> None:
@@ -203,12 +213,16 @@ class MemoryWindow:
             if value() == ticket:
                 return
         started = looked = time.monotonic()
-        while (seen := value()) != ticket:
-            _nap(word, seen)
-            now = time.monotonic()
-            if now - looked > _LOOK_AROUND_SECONDS:
-                looked = now
-                self._require_alive(peer, ticket, now - started)
+        self._asleep[self.rank] = 1
+        try:
+            while (seen := value()) != ticket:
+                _nap(word, seen)
+                now = time.monotonic()
+                if now - looked > _LOOK_AROUND_SECONDS:
+                    looked = now
+                    self._require_alive(peer, ticket, now - started)
+        finally:
+            self._asleep[self.rank] = 0
 
     def _require_alive(self, peer: int, ticket: int, waited: float) -> None:
         mine = bytes(self._slots[self.rank, ticket % _SLOTS]["label"]).decode(errors="replace")
@@ -299,9 +313,10 @@ def _join(everyone: Sequence[tuple[Any, ...]], rank: int) -> mmap.mmap | None:
             return None
         for peer, (_, pid, address, proof, _, _) in enumerate(everyone):
             found = np.zeros(len(proof), np.uint8)
-            local = np.array([[found.ctypes.data, len(proof)]], np.uint64)
+            size = len(proof)
+            local, remote = np.array([[[found.ctypes.data, size]], [[address, size]]], np.uint64)
             if peer != rank:
-                copy_from(pid, local, np.array([[address, len(proof)]], np.uint64))
+                copy_from(pid, local, remote, size)
                 if found.tobytes() != proof:
                     return None
     except (OSError, ValueError, RankError):

@@ -43,7 +43,6 @@ class GroupGradients:
         self.touched: set[int] = set()
         """Parameters that received a gradient on this rank since the last `clear()`."""
 
-    @torch.no_grad()
     def collect(self, index: int, grad: torch.Tensor, *, reduce_follows: bool) -> None:
         """Take the fresh whole gradient of parameter `index`, to keep or to copy into the buffer it leaves from.
 
@@ -57,16 +56,22 @@ class GroupGradients:
         stays = reduce_follows and self.whole is None and self.buffer.sums_single
         if stays and grad.dtype == self.precision.reduce:
             known = self.fresh.get(index)
-            self.fresh[index] = grad.contiguous() if known is None else known.add_(grad)
+            if known is None:
+                self.fresh[index] = grad.detach().contiguous()
+            else:
+                with torch.no_grad():
+                    known.add_(grad)
             return
         self._pack()
         self._write(index, grad, self.precision.reduce if reduce_follows else self.precision.grad)
 
+    @torch.no_grad()
     def _pack(self) -> None:
         for index, grad in self.fresh.items():
             self._write(index, grad, self.precision.reduce)
         self.fresh.clear()
 
+    @torch.no_grad()
     def _write(self, index: int, grad: torch.Tensor, dtype: torch.dtype) -> None:
         if self.whole is None:
             self.whole = self.buffer.new_reduce_buffer(dtype)

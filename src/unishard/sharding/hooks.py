@@ -52,7 +52,8 @@ class UnitHooks:
 
     def on_gradient(self, group: ShardGroup, index: int) -> None:
         unit, schedule = self.unit, self.schedule
-        schedule.begin_backward()
+        if not schedule.backward_active:
+            schedule.begin_backward()
         grad = group.registrations[index].take_grad()
         if grad is None:
             return
