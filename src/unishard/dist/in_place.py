@@ -217,8 +217,9 @@ class InPlaceReduce:
             return
         everyone = [window.addresses(rank, self._ticket, self._label) for rank in range(window.size)]
         target = self._target()
-        storage = target.out.untyped_storage().data_ptr()
-        self._aliased = any(s is not None and s.untyped_storage().data_ptr() == storage for s in self._own)
+        if self._packed and self._own[0] is not None:
+            storage = self._own[0].untyped_storage().data_ptr()
+            self._aliased = target.out.untyped_storage().data_ptr() == storage
         largest = max((chunk.numel for chunk in self._plan), default=0)
         raw = torch.empty(largest, dtype=self._dtype, device="cpu")
         total = torch.empty(largest, dtype=sum_dtype(target.out.dtype), device="cpu")

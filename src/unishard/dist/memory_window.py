@@ -38,7 +38,8 @@ SWITCH = "UNISHARD_TRANSPORT"
 _SLOTS = 256
 _LABEL = 112
 _SLOT = np.dtype([("ticket", "<u4"), ("count", "<u4"), ("address", "<u8"), ("label", f"S{_LABEL}")])
-_SPINS = 50
+# Some 50 us: peers in step are there by then, and going to sleep costs as much.
+_SPINS = 100
 # A sleeper announces itself and looks again; a store and a load may still pass each other, which costs one nap.
 _NAP_SECONDS = 0.002
 _LOOK_AROUND_SECONDS = 0.5
@@ -212,6 +213,7 @@ class MemoryWindow:
         for _ in range(_SPINS):
             if value() == ticket:
                 return
+            os.sched_yield()
         started = looked = time.monotonic()
         self._asleep[self.rank] = 1
         try:

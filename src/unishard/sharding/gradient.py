@@ -41,15 +41,14 @@ class GroupGradients:
         self.replica_partial: torch.Tensor | None = None
         self.shard: torch.Tensor | None = None
         self.touched: set[int] = set()
-        """Parameters that received a gradient on this rank since the last `clear()`."""
+        """Parameters that received a gradient on this rank in a finished backward since the last `clear()`."""
 
-    def collect(self, index: int, grad: torch.Tensor, *, reduce_follows: bool) -> None:
+    def collect(self, index: int, grad: torch.Tensor, reduce_follows: bool) -> None:
         """Take the fresh whole gradient of parameter `index`, to keep or to copy into the buffer it leaves from.
 
         Without a reduction this backward, sums rest in the gradient dtype: 16-bit wires must not round running sums.
         """
         self.arrived.add(index)
-        self.touched.add(index)
         if self.predivide != 1.0:
             # Before the cast to the wire dtype, which is what keeps a 16-bit wire from overflowing.
             grad = grad / self.predivide
@@ -134,6 +133,10 @@ class GroupGradients:
     def receive_partial(self, total: torch.Tensor) -> None:
         """Add a sum over the dp_shard axis only."""
         self.replica_partial = total if self.replica_partial is None else self.replica_partial.add_(total)
+
+    def end_backward(self) -> None:
+        """Everything that this backward brings has arrived."""
+        self.touched |= self.arrived
 
     @property
     def pending(self) -> bool:

@@ -170,6 +170,12 @@ class InPlaceParameter(Registration):
     def whole(self) -> nn.Parameter:
         return self._param
 
+    def take_grad(self) -> torch.Tensor | None:
+        param = self._param
+        grad = param.grad
+        param.grad = None
+        return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
+
     def to_whole(self) -> None:
         self._param.data = self._view
 

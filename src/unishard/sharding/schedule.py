@@ -241,6 +241,8 @@ class Schedule:
     def end_backward(self) -> None:
         """Reduce what is left, hand out gradients, release parameters."""
         self.queue.flush()
+        for group in self.groups:
+            group.gradients.end_backward()
         self.drain()
         self._agree_on_order()
         self.backward_active = False
