@@ -45,8 +45,27 @@ class Spec:
     def wrap(self, local: torch.Tensor) -> DTensor:
         with torch.no_grad():
             return DTensor.from_local(
-                local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+                _standalone(local),
+                self.mesh,
+                self.placements,
+                run_check=False,
+                shape=self.shape,
+                stride=self.stride,
             )
+
+
+def _standalone(local: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own, without what lies before and after it.
+
+    A DTensor has the storage offset of its local tensor, and torch cannot deepcopy one whose offset is not 0.
+    """
+    if local.is_meta or local.storage_offset() == 0:
+        return local
+    if not local.numel():
+        return torch.empty_like(local)
+    start = local.storage_offset() * local.element_size()
+    storage = local.untyped_storage()[start : start + local.numel() * local.element_size()]
+    return local.new_empty(0).set_(storage, 0, local.shape, local.stride())
 
 
 class ShardedParameter(SwappedParameter):
@@ -61,6 +80,11 @@ class ShardedParameter(SwappedParameter):
         super().__init__(record, view, sharded)
         self.zero_if_unused = False
         """Whether a parameter that no rank used gets a gradient of zeros instead of none."""
+
+    @property
+    def writes(self) -> int:
+        local: Any = self.sharded
+        return super().writes + local._local_tensor._version
 
     def accept(self, local: torch.Tensor) -> None:
         """Add a reduced local gradient to the sharded parameter's, and run the hooks users put there."""
@@ -303,7 +327,7 @@ def _rebuild(group: ShardGroup, registrations: list[ShardedParameter], locals_: 
     for index, (registration, local) in enumerate(zip(registrations, locals_, strict=True)):
         target = buffer.local(index, buffer.shard)
         target.copy_(local)
-        registration.sharded._local_tensor = target  # pyright: ignore[reportAttributeAccessIssue]
+        registration.sharded._local_tensor = _standalone(target)  # pyright: ignore[reportAttributeAccessIssue]
         registration.replace_whole(buffer.views[index])
     if not group.resident:
         buffer.release()
@@ -346,7 +370,7 @@ def copy_group(group: ShardGroup, homes_of: Callable[[Home], Home], copies: dict
         record = ParameterRecord(old.fqn, old.whole, [homes_of(h) for h in old.homes])
         new = ShardedParameter(record, buffer.views[index], buffer.local(index, buffer.shard), old.spec)
         # The copy that deepcopy made is the one other copied objects may refer to (an optimizer's state).
-        sharded._local_tensor = buffer.local(index, buffer.shard)
+        sharded._local_tensor = _standalone(buffer.local(index, buffer.shard))
         new.sharded = sharded
         for home in new.homes:
             home.register(sharded)

@@ -125,6 +125,11 @@ class Registration(ABC):
         """The parameter that users see at rest; its `requires_grad` is theirs to flip."""
 
     @property
+    def writes(self) -> int:
+        """Grows with every write to the visible parameter."""
+        return self.visible._version
+
+    @property
     @abstractmethod
     def whole(self) -> nn.Parameter:
         """The parameter that takes part in compute."""
