@@ -74,7 +74,7 @@ class GatheredParameter:
         inputs, self._metadata = _pre_all_gather(local, arguments)
         self._shapes = [tensor.shape for tensor in inputs]
         self._allocate(inputs, axes.shard.size)
-        flat = [tensor.contiguous().view(-1) for tensor in inputs]
+        flat = [_plain(tensor.contiguous().view(-1)) for tensor in inputs]
         for tensor, target in zip(flat, self._targets, strict=True):
             target.chunk(axes.shard.size)[axes.shard.rank].copy_(tensor)
         return [axes.shard.all_gather(t, source=s) for s, t in zip(flat, self._targets, strict=True)]
@@ -114,6 +114,13 @@ class GatheredParameter:
     def release(self) -> None:
         for storage, _ in self._storages.values():
             storage.resize_(0)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """What travels is memory: a tensor subclass is copied out of whatever holds its value."""
+    if type(tensor) is torch.Tensor:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _pre_all_gather(local: Any, arguments: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], Any]:

@@ -52,7 +52,9 @@ class GroupGradients:
         if self.predivide != 1.0:
             # Before the cast to the wire dtype, which is what keeps a 16-bit wire from overflowing.
             grad = grad / self.predivide
-        stays = reduce_follows and self.whole is None and self.buffer.sums_single
+        # Peers read memory, where a tensor subclass (an extension's, a collective's under way) need not have its value.
+        plain = type(grad) is torch.Tensor
+        stays = reduce_follows and self.whole is None and self.buffer.sums_single and plain
         if stays and grad.dtype == self.precision.reduce:
             known = self.fresh.get(index)
             if known is None:

@@ -79,11 +79,9 @@ class ShardGroup:
         return self._version() != self._gathered_version
 
     def _version(self) -> int:
-        # Views of the shard share its counter. What is written through a DTensor counts on the DTensor only: its
-        # operators run below the layer that counts for the tensor inside.
-        return self.buffer.shard._version + sum(
-            r.visible._version for r in self.registrations if not r.in_place
-        )
+        # Views of the shard share its counter. What is written through a DTensor counts on the DTensor only (its
+        # operators run below the layer that counts for the tensor inside), and its local tensor counts for itself.
+        return self.buffer.shard._version + sum(r.writes for r in self.registrations if not r.in_place)
 
     @property
     def is_whole(self) -> bool:

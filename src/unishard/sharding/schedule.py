@@ -32,6 +32,8 @@ class ReductionQueue:
 
     def __init__(self, sequence: Sequence[ShardGroup]) -> None:
         self.sequence = list(sequence)
+        self.limit: int | None = None
+        """Most reductions in flight, where users set it."""
         self.completed: list[ShardGroup] = []
         """Order in which groups became ready in this backward."""
         self._across: dict[ShardGroup, bool] = {}
@@ -68,7 +70,7 @@ class ReductionQueue:
         return bool(self._across)
 
     def _launch(self, group: ShardGroup) -> None:
-        while len(self._in_flight) >= group.axes.shard.in_flight:
+        while len(self._in_flight) >= (self.limit or group.axes.shard.in_flight):
             self._finish_oldest()
         # The second phase of an older reduction starts in the same place on every rank, so that it pairs up.
         for reduction in self._in_flight:
@@ -214,6 +216,7 @@ class Schedule:
         for group in self.groups:
             group.gradients.arrived.clear()
         torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self.queue.limit = max((u.max_reductions for u in self.units if u.max_reductions), default=None)
         self.queue.restart(
             [
                 (group, unit.reduce_across_replicas)
