@@ -262,7 +262,21 @@ class DimBuffer(GroupBuffer):
         return whole.narrow(self.layout.dims[index], *self.layout.chunk(index, rank))
 
     def local(self, index: int, shard: torch.Tensor) -> torch.Tensor:
-        return self._local(index, shard, self.comm.rank)
+        start, stop, shape = self._places[index]
+        return shard[start:stop].view(shape)
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Of each parameter's chunk on this rank: start and stop in the shard, and shape."""
+        rank, found = self.comm.rank, []
+        for index, start in enumerate(self.layout.shard_offsets):
+            shape = self.layout.chunk_shape(index, rank) or (self.layout.chunk(index, rank)[1],)
+            found.append((start, start + prod(shape), shape))
+        return found
+
+    @cached_property
+    def _own_targets(self) -> list[torch.Tensor]:
+        return [self._chunk(target, index, self.comm.rank) for index, target in enumerate(self._targets)]
 
     def _local(self, index: int, shard: torch.Tensor, rank: int) -> torch.Tensor:
         shape = self.layout.chunk_shape(index, rank) or (self.layout.chunk(index, rank)[1],)
@@ -308,10 +322,9 @@ class DimBuffer(GroupBuffer):
 
     @torch.no_grad()
     def _gather_in_place(self, plan: GatherPlan, label: str) -> Pending:
-        rank = self.comm.rank
         source = self._outgoing()
-        for index, target in enumerate(self._targets):
-            self._chunk(target, index, rank).copy_(self._local(index, source, rank))
+        locals_ = [self.local(index, source) for index in range(len(self._targets))]
+        torch._foreach_copy_(self._own_targets, locals_)
         return self.comm.gather_in_place(source, self.full, plan, "all_gather", label)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,15 +44,22 @@ class Spec:
     stride: tuple[int, ...]
 
     def wrap(self, local: torch.Tensor) -> DTensor:
-        with torch.no_grad():
-            return DTensor.from_local(
-                _standalone(local),
-                self.mesh,
-                self.placements,
-                run_check=False,
-                shape=self.shape,
-                stride=self.stride,
-            )
+        """`local` as this rank's part of a DTensor, without communication."""
+        own = _standalone(local)
+        known = self._known.get(own.dtype)
+        if known is None:
+            with torch.no_grad():
+                made = DTensor.from_local(
+                    own, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+                )
+            self._known[own.dtype] = made._spec
+            return made
+        # Working out the same layout again for each gradient costs more than all else that is done to it here.
+        return DTensor(own.detach(), known, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+    @cached_property
+    def _known(self) -> dict[torch.dtype, Any]:
+        return {}
 
 
 def _standalone(local: torch.Tensor) -> torch.Tensor:
