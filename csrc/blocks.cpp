@@ -14,6 +14,12 @@ struct Lerp {
     }
 };
 
+// The hardware follows a few streams to the end of a page; a step has up to seven. A null array is asked for in vain.
+template <class At, class... Arrays>
+inline void ask_ahead(At at, Arrays... arrays) {
+    (at.ask_ahead(arrays), ...);
+}
+
 // The gradient as the optimizer sees it: unscaled and clipped, with the L2 term.
 inline Floats gradient(Floats grad, Floats param, float scale, float l2) {
     const Floats g = grad * scale;
@@ -21,10 +27,12 @@ inline Floats gradient(Floats grad, Floats param, float scale, float l2) {
 }
 
 // Kingma, Ba 2015 (arXiv:1412.6980), algorithm 1; decoupled decay from Loshchilov, Hutter 2019 (arXiv:1711.05101).
-void adam(float* param, const float* grad, float* first, float* second, std::size_t n, const void* constants) {
+void adam(float* param, const float* grad, float* first, float* second, std::size_t n, const void* constants,
+          bool ahead) {
     const AdamConstants c = *static_cast<const AdamConstants*>(constants);
     const Lerp average{c.one_minus_beta1, c.beta1};
     for_each_register(n, [&](auto at) {
+        if (ahead) ask_ahead(at, param, grad, first, second);
         Floats w = at.get(param);
         const Floats g = gradient(at.get(grad), w, c.grad_scale, c.l2);
         w = w * c.keep;
@@ -38,11 +46,13 @@ void adam(float* param, const float* grad, float* first, float* second, std::siz
 }
 
 // Chen et al. 2023 (arXiv:2302.06675), algorithm 2.
-void lion(float* param, const float* grad, float* momentum, float*, std::size_t n, const void* constants) {
+void lion(float* param, const float* grad, float* momentum, float*, std::size_t n, const void* constants,
+          bool ahead) {
     const LionConstants c = *static_cast<const LionConstants*>(constants);
     const Lerp direction{c.one_minus_beta1, c.beta1}, average{c.one_minus_beta2, c.beta2};
     const Floats up = all(c.lr), none{};
     for_each_register(n, [&](auto at) {
+        if (ahead) ask_ahead(at, param, grad, momentum);
         const Floats g = at.get(grad) * c.grad_scale, m = at.get(momentum);
         const Floats d = direction(m, g);
         const Floats step = d > 0.0f ? up : (d < 0.0f ? -up : none);  // NaN has no sign, as in torch.sign
@@ -52,9 +62,11 @@ void lion(float* param, const float* grad, float* momentum, float*, std::size_t 
 }
 
 // Duchi, Hazan, Singer 2011, diagonal case.
-void adagrad(float* param, const float* grad, float* sum, float*, std::size_t n, const void* constants) {
+void adagrad(float* param, const float* grad, float* sum, float*, std::size_t n, const void* constants,
+             bool ahead) {
     const AdagradConstants c = *static_cast<const AdagradConstants*>(constants);
     for_each_register(n, [&](auto at) {
+        if (ahead) ask_ahead(at, param, grad, sum);
         const Floats w = at.get(param), g = gradient(at.get(grad), w, c.grad_scale, c.l2);
         const Floats s = at.get(sum) + g * g;
         at.put(param, w - c.step_size * (g / (square_root(s) + c.eps)));
@@ -63,9 +75,11 @@ void adagrad(float* param, const float* grad, float* sum, float*, std::size_t n,
 }
 
 // Sutskever et al. 2013, in the form of torch.optim.SGD: the learning rate multiplies the buffer, not its input.
-void sgd(float* param, const float* grad, float* buffer, float*, std::size_t n, const void* constants) {
+void sgd(float* param, const float* grad, float* buffer, float*, std::size_t n, const void* constants,
+         bool ahead) {
     const SgdConstants c = *static_cast<const SgdConstants*>(constants);
     for_each_register(n, [&](auto at) {
+        if (ahead) ask_ahead(at, param, grad, buffer);
         const Floats w = at.get(param), g = gradient(at.get(grad), w, c.grad_scale, c.l2);
         Floats step = g;
         if (buffer != nullptr) {

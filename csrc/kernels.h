@@ -39,8 +39,9 @@ struct SgdConstants {
 };
 
 // One step over `n` elements; arrays that the optimizer does not have are null. `constants` is the optimizer's own.
+// `ahead` asks for memory before it is needed, which pays where all the arrays are streamed from memory.
 using StepBlock = void (*)(float* param, const float* grad, float* state0, float* state1, std::size_t n,
-                           const void* constants);
+                           const void* constants, bool ahead);
 
 // What a sum adds, in order: `start` (where it is not null), then up to kMaxAddends pieces of one dtype.
 constexpr std::size_t kMaxAddends = 8;

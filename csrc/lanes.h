@@ -218,9 +218,14 @@ inline void store_some(void* to, Floats x, std::size_t count) {
     std::memcpy(to, padded, count * size_of(D));
 }
 
+// How far ahead memory is asked for, in bytes. Measured at 256 to 4096: best from 1536 to 2304, worst at 512 and 4096,
+// where the streams meet in one set of the cache.
+constexpr std::size_t kAhead = 1792;
+
 // `count` elements of an array from `first` on: a whole register, or the rest of the array.
 struct Whole {
     std::size_t first;
+    void ask_ahead(const float* array) const { __builtin_prefetch(array + first + kAhead / sizeof(float)); }
     template <Dtype D = Dtype::f32>
     Floats get(const void* from) const {
         return load<D>(static_cast<const char*>(from) + first * size_of(D));
@@ -233,6 +238,7 @@ struct Whole {
 
 struct Rest {
     std::size_t first, count;
+    void ask_ahead(const float*) const {}
     template <Dtype D = Dtype::f32>
     Floats get(const void* from) const {
         return load_some<D>(static_cast<const char*>(from) + first * size_of(D), count);

@@ -12,12 +12,14 @@ constexpr std::size_t kStreamBytes = std::size_t{8} << 20;
 
 bool worth_streaming(std::size_t elements, Dtype dtype) { return elements * size_of(dtype) >= kStreamBytes; }
 
+float* floats(const Array& array) { return reinterpret_cast<float*>(array.data); }
+
 // One block of an array as floats: in place where it holds floats, else in a buffer of the first-level cache.
 class FloatBlock {
   public:
     float* read(const Kernels& kernels, const Array& array, std::size_t n) {
         if (!array) return nullptr;
-        if (array.dtype == Dtype::f32) return reinterpret_cast<float*>(array.data);
+        if (array.dtype == Dtype::f32) return floats(array);
         kernels.convert({reinterpret_cast<char*>(buffer_), Dtype::f32}, array, n, 1.0f, false);
         return buffer_;
     }
@@ -31,15 +33,28 @@ class FloatBlock {
     alignas(64) float buffer_[kBlock];
 };
 
+bool all_floats(const Target& target) {
+    for (const Array* array : {&target.param, &target.grad, &target.state[0], &target.state[1]}) {
+        if (*array && array->dtype != Dtype::f32) return false;
+    }
+    return !target.copy;
+}
+
 void update_chunk(const Kernels& kernels, StepBlock step, const void* constants, const Target& target,
                   const Chunk& chunk) {
+    if (all_floats(target)) {
+        const std::size_t begin = chunk.begin, n = chunk.end - chunk.begin;
+        step(floats(target.param.from(begin)), floats(target.grad.from(begin)), floats(target.state[0].from(begin)),
+             floats(target.state[1].from(begin)), n, constants, true);
+        return;
+    }
     FloatBlock params, grads, states[2];
     for_each_block(chunk, [&](std::size_t i, std::size_t n) {
         const Array param = target.param.from(i), state[2] = {target.state[0].from(i), target.state[1].from(i)};
         float* values = params.read(kernels, param, n);
         float* first = states[0].read(kernels, state[0], n);
         float* second = states[1].read(kernels, state[1], n);
-        step(values, grads.read(kernels, target.grad.from(i), n), first, second, n, constants);
+        step(values, grads.read(kernels, target.grad.from(i), n), first, second, n, constants, false);
         params.write_back(kernels, param, n);
         states[0].write_back(kernels, state[0], n);
         states[1].write_back(kernels, state[1], n);

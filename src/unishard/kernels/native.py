@@ -83,6 +83,16 @@ def pack(out: Tensor, tensors: Sequence[Tensor], scale: float) -> None:
     _native.pack(_array(out), [_piece(tensor) for tensor in tensors], scale, torch.get_num_threads())
 
 
+def instruction_set() -> str:
+    """The instruction set in use, the fastest that was compiled and that this processor has."""
+    return _native.isa()
+
+
+def thread_team() -> str:
+    """Whose threads do the work: "OpenMP" for torch's, "own" for a pool (in forked processes)."""
+    return _native.team()
+
+
 def _array(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), _CODES[tensor.dtype]
 
