@@ -44,5 +44,9 @@ class NonFiniteError(UnishardError, RuntimeError):
     """Training stopped because gradients stayed non-finite; names the first offending tensor."""
 
 
+class KernelError(UnishardError, ValueError):
+    """A tensor or option that a kernel cannot take: dtype, device, length, memory that is not contiguous."""
+
+
 class RankError(UnishardError, RuntimeError):
     """Another rank failed in a step that all ranks take together; carries that rank's cause."""
