@@ -12,19 +12,11 @@ from torch import nn
 
 from unishard.errors import NonFiniteError, ShardingError, StateError, UnsupportedError
 from unishard.optim.clip import clip_factor, shard_norm
+from unishard.optim.flat import FlatSteps, Piece
 from unishard.optim.loss_scale import LossScale, NoLossScale
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.touched import agree_on_touched
-
-
-@dataclass(frozen=True)
-class Piece:
-    """This rank's part of one parameter: a 1-D view of its group's shard, as a torch optimizer sees it."""
-
-    group: ShardGroup
-    index: int
-    param: nn.Parameter
 
 
 @dataclass(frozen=True)
@@ -104,6 +96,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.defaults = inner.defaults
         self._schedule = schedule
         self._pieces = list(pieces)
+        self._flat = FlatSteps(inner, self._pieces)
+        self._attached = False
         self._loss_scale = loss_scale or NoLossScale()
         self._rules = rules or UpdateRules()
         self.grad_norm: float | None = None
@@ -114,7 +108,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.skips_overflow = False
         self.tokens: float | None = None
         """Valid tokens of this rank since the last update, when losses are token sums."""
-        self.before_update: Callable[[Sequence[ShardGroup]], None] = lambda groups: None
+        self.before_update: Callable[[Sequence[ShardGroup]], None] | None = None
         """Called with reduced, unscaled and clipped gradients in the groups, right before the update."""
 
     @property
@@ -151,8 +145,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Forget all gradients, reduced or not. `set_to_none=False` does the same: nobody keeps a view of them."""
         for group in self._schedule.groups:
             group.gradients.clear()
-        for piece in self._pieces:
-            piece.param.grad = None
+        self._detach()
         self.tokens = None
 
     @torch.no_grad()
@@ -177,10 +170,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.skipped:
             self._skip(groups)
             return
-        self._scale(groups, unscale * clip_factor(self.grad_norm, self._rules.max_norm))
-        self._attach(groups)
-        self.before_update(groups)
-        self.inner.step()
+        self._update(groups, unscale * clip_factor(self.grad_norm, self._rules.max_norm))
         self._refresh(groups)
         self._loss_scale.update(False)
 
@@ -221,23 +211,46 @@ class ShardedOptimizer(torch.optim.Optimizer):
         everywhere = [f for f in groups[0].axes.shard.all_gather_object(found) if f is not None]
         return min(everywhere)[2] if everywhere else "unknown"
 
-    def _scale(self, groups: Sequence[ShardGroup], factor: float) -> None:
-        if factor != 1.0:
+    def _update(self, groups: Sequence[ShardGroup], factor: float) -> None:
+        """Step `inner` with gradients times `factor`."""
+        flat = FlatSteps.can_step(self.inner, self._pieces)
+        if factor != 1.0 and not (flat and self.before_update is None):
             torch._foreach_mul_([g.gradients.shard for g in groups if g.gradients.shard is not None], factor)
+            factor = 1.0
+        used = self._used(groups)
+        if self.before_update is not None:
+            self.before_update(groups)
+        if flat:
+            self._flat.step(used, factor)
+            return
+        self._flat.release()
+        self._attach(used)
+        self.inner.step()
 
-    def _attach(self, groups: Sequence[ShardGroup]) -> None:
-        """Show gradients to the inner optimizer; a parameter that no rank used keeps none and is left alone."""
-        touched: dict[int, Set[int]] = {}
+    def _used(self, groups: Sequence[ShardGroup]) -> dict[ShardGroup, Set[int]]:
+        """By group, the trainable parameters that some rank used. All ranks call together."""
+        used: dict[ShardGroup, Set[int]] = {}
         for axes in dict.fromkeys(g.axes for g in groups):
             members = [g for g in groups if g.axes == axes]
-            touched.update(zip(map(id, members), agree_on_touched(members, axes), strict=True))
+            for group, touched in zip(members, agree_on_touched(members, axes), strict=True):
+                frozen = len(group.trainable) < len(group.registrations)
+                used[group] = touched & group.trainable if frozen else touched
+        return used
+
+    def _attach(self, used: Mapping[ShardGroup, Set[int]]) -> None:
+        """Show gradients to the inner optimizer; a parameter that no rank used keeps none and is left alone."""
+        self._attached = True
         for piece in self._pieces:
             shard = piece.group.gradients.shard
-            used = shard is not None and piece.index in touched.get(id(piece.group), ())
-            used = used and piece.group.registrations[piece.index].visible.requires_grad
             piece.param.grad = None
-            if used and shard is not None:
+            if shard is not None and piece.index in used.get(piece.group, ()):
                 piece.param.grad = piece.group.buffer.local(piece.index, shard).to(piece.param.dtype)
+
+    def _detach(self) -> None:
+        if self._attached:
+            self._attached = False
+            for piece in self._pieces:
+                piece.param.grad = None
 
     def _refresh(self, groups: Sequence[ShardGroup]) -> None:
         # Fused kernels do not count their writes.
@@ -261,5 +274,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise StateError(
                 f"this is not a state dict of a ShardedOptimizer: {', '.join(sorted(missing))} missing"
             )
+        self._flat.release()
         self.inner.load_state_dict(state_dict["inner"])
         self._loss_scale.load_state_dict(state_dict["loss_scale"])

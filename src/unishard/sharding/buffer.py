@@ -33,6 +33,8 @@ class GroupBuffer(ABC):
     layout: FlatLayout | DimLayout
     aliased: bool = False
     """Whether `shard` is this rank's slice of a resident `full`: one memory, and nothing to copy before a gather."""
+    copied: bool = False
+    """Whether `copy_of_shard` was written since the last gather."""
 
     def __init__(
         self,
@@ -82,6 +84,11 @@ class GroupBuffer(ABC):
         if self.allocated:
             self.full.untyped_storage().resize_(0)
             self.allocated = False
+
+    @property
+    def copy_of_shard(self) -> torch.Tensor | None:
+        """Where an update may write the shard in compute dtype, in the same pass; it then sets `copied`."""
+        return None
 
     @property
     def padding(self) -> int:
@@ -207,11 +214,16 @@ class FlatBuffer(GroupBuffer):
     def gather(self, label: str = "") -> Pending:
         self.allocate()
         source = None
-        if not self.aliased:
+        if not self.aliased and not self.copied:
             with torch.no_grad():
                 source = self._outgoing()
                 self._own(self.full).copy_(source)
+        self.copied = False
         return self.comm.all_gather(self.full, label=label, source=source)
+
+    @property
+    def copy_of_shard(self) -> torch.Tensor | None:
+        return self._own(self.full) if self.resident and self.master != self.compute else None
 
     def shard_spans(self, rank: int) -> list[Span]:
         return [Span(p.index, p.param_start, p.shard_start, p.numel) for p in self.layout.pieces(rank)]

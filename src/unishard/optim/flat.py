@@ -1,0 +1,225 @@
+"""Whole shards stepped at once: known optimizers as kernel rules, one pass over memory and few calls.
+
+An optimizer whose update is a rule of `unishard.kernels` need not see one small tensor for each parameter: neighbours
+in a shard that share a parameter group and a step number form one range. Unscaling, clipping and the 16-bit copy of the
+parameters happen in the same pass. `state` and `param_groups` stay the optimizer's own: state tensors are views of flat
+ones, so schedulers, checkpoints and users find what they expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from unishard.errors import StateError
+from unishard.kernels import AdagradRule, AdamRule, LionRule, Rule, SgdRule, Target, update
+from unishard.optim.adam import UncorrectedAdam
+from unishard.optim.lion import Lion
+from unishard.sharding.group import ShardGroup
+
+Used = Mapping[ShardGroup, Set[int]]
+"""Which parameters of each group received a gradient on some rank."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of one parameter: a 1-D view of its group's shard, as a torch optimizer sees it."""
+
+    group: ShardGroup
+    index: int
+    param: nn.Parameter
+
+
+class Range(NamedTuple):
+    """Elements [start, stop) of a group's shard that take the same step."""
+
+    group: ShardGroup
+    start: int
+    stop: int
+
+
+def rule_of(optimizer: Optimizer, options: Mapping[str, Any]) -> Rule | None:
+    """The kernel rule for one parameter group of `optimizer`, or `None` where no rule does exactly the same.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+    >>> rule_of(optimizer, optimizer.param_groups[0])
+    SgdRule(lr=0.5, momentum=0, dampening=0, weight_decay=0, nesterov=False)
+    """
+    if any(options.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable", "foreach")):
+        return None
+    make = _RULES.get(type(optimizer))
+    return None if make is None else make(float(options["lr"]), options)
+
+
+def _adam(lr: float, options: Mapping[str, Any], corrected: bool = True, decoupled: bool = False) -> Rule:
+    return AdamRule(
+        lr=lr,
+        betas=tuple(map(float, options["betas"])),  # pyright: ignore[reportArgumentType]
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+        decoupled=options.get("decoupled_weight_decay", decoupled),
+        bias_correction=corrected,
+    )
+
+
+_RULES: dict[type, Any] = {
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: lambda lr, options: _adam(lr, options, decoupled=True),
+    UncorrectedAdam: lambda lr, options: _adam(lr, options, corrected=False),
+    Lion: lambda lr, o: LionRule(lr=lr, betas=tuple(o["betas"]), weight_decay=o["weight_decay"]),
+    torch.optim.Adagrad: lambda lr, o: AdagradRule(
+        lr=lr, lr_decay=o["lr_decay"], eps=o["eps"], weight_decay=o["weight_decay"]
+    ),
+    torch.optim.SGD: lambda lr, o: SgdRule(
+        lr=lr,
+        momentum=o["momentum"],
+        dampening=o["dampening"],
+        weight_decay=o["weight_decay"],
+        nesterov=o["nesterov"],
+    ),
+}
+
+
+_COUNTED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+"""Optimizers that keep the number of steps in their state."""
+
+
+@dataclass
+class Cohort:
+    """Pieces of one parameter group that have taken equally many steps."""
+
+    position: int
+    """Of the parameter group."""
+    count: int
+    params: list[nn.Parameter]
+    ranges: list[Range]
+    counter: torch.Tensor | None
+    """`count` as the optimizer's state shows it, the same tensor for every piece."""
+
+    def advance(self) -> None:
+        self.count += 1
+        if self.counter is not None:
+            self.counter.fill_(self.count)
+
+
+class FlatSteps:
+    """Carries out the steps of `inner` range by range."""
+
+    def __init__(self, inner: Optimizer, pieces: Iterable[Piece]) -> None:
+        self._inner = inner
+        self._pieces = {id(piece.param): piece for piece in pieces}
+        self._flats: dict[tuple[ShardGroup, str], torch.Tensor] = {}
+        self._key: Any = None
+        self._cohorts: list[Cohort] = []
+
+    @staticmethod
+    def can_step(inner: Optimizer, pieces: Iterable[Piece]) -> bool:
+        """Whether every parameter group has a rule. GPUs keep torch's kernels: none of ours has run on one yet."""
+        on_cpu = all(piece.param.device.type == "cpu" for piece in pieces)
+        return on_cpu and all(rule_of(inner, group) is not None for group in inner.param_groups)
+
+    def step(self, used: Used, grad_scale: float) -> None:
+        """Step the pieces that received a gradient, by their groups' reduced gradients times `grad_scale`."""
+        key = list(used.items()), [len(options["params"]) for options in self._inner.param_groups]
+        if key != self._key:
+            self._cohorts, self._key = self._regroup(used), key
+        for cohort in self._cohorts:
+            cohort.advance()
+            rule = rule_of(self._inner, self._inner.param_groups[cohort.position])
+            if rule is None:
+                raise StateError(
+                    f"{type(self._inner).__name__}: options changed to some that kernels do not know"
+                )
+            targets = [self._target(found, rule) for found in cohort.ranges]
+            update(targets, rule, step=cohort.count, grad_scale=grad_scale)
+
+    def _target(self, found: Range, rule: Rule) -> Target:
+        group, start, stop = found
+        gradient = group.gradients.shard
+        if gradient is None:
+            raise StateError(f"{group.name}: nothing was reduced for the parameters about to be stepped")
+        copy = group.buffer.copy_of_shard
+        if copy is not None:
+            group.buffer.copied = True
+        return Target(
+            group.buffer.shard[start:stop],
+            gradient[start:stop],
+            tuple(self._flats[group, name][start:stop] for name in rule.state_names),
+            None if copy is None else copy[start:stop],
+        )
+
+    def release(self) -> None:
+        """Let the optimizer step by itself again, or its state be replaced: the next step here takes it over anew."""
+        for cohort in self._cohorts:
+            for param in cohort.params if cohort.counter is not None else ():
+                self._inner.state[param]["step"] = torch.tensor(float(cohort.count))
+        self._cohorts, self._key = [], None
+        self._flats.clear()
+
+    # cohorts -----------------------------------------------------------------------------------------------
+
+    def _regroup(self, used: Used) -> list[Cohort]:
+        counts = {id(param): cohort.count for cohort in self._cohorts for param in cohort.params}
+        for cohort in self._cohorts:
+            for param in cohort.params if cohort.counter is not None else ():
+                # Whoever is not stepped now must not count with the others.
+                self._inner.state[param]["step"] = torch.tensor(float(cohort.count))
+        members: dict[tuple[int, int], list[Piece]] = {}
+        for position, options in enumerate(self._inner.param_groups):
+            for param in options["params"]:
+                piece = self._pieces[id(param)]
+                if piece.index in used.get(piece.group, ()):
+                    count = counts[id(param)] if id(param) in counts else self._taken(param)
+                    members.setdefault((position, count), []).append(piece)
+        return [self._cohort(position, count, pieces) for (position, count), pieces in members.items()]
+
+    def _taken(self, param: nn.Parameter) -> int:
+        """Steps that the optimizer's state says a piece has taken; where it does not count, whether it has any."""
+        state = self._inner.state.get(param) or {}
+        return int(state["step"]) if "step" in state else min(len(state), 1)
+
+    def _cohort(self, position: int, count: int, pieces: Sequence[Piece]) -> Cohort:
+        options = self._inner.param_groups[position]
+        rule = rule_of(self._inner, options)
+        counter = torch.tensor(float(count)) if type(self._inner) in _COUNTED else None
+        for piece in pieces:
+            state = self._inner.state[piece.param]
+            for name in rule.state_names if rule is not None else ():
+                self._show_in(state, name, piece)
+            if counter is not None:
+                state["step"] = counter
+        return Cohort(position, count, [p.param for p in pieces], list(_ranges(pieces)), counter)
+
+    def _show_in(self, state: dict[str, Any], name: str, piece: Piece) -> None:
+        """Make a state tensor a view of the group's flat one, with the value it has."""
+        key = piece.group, name
+        if key not in self._flats:
+            self._flats[key] = torch.zeros_like(piece.group.buffer.shard)
+        view = piece.group.buffer.local(piece.index, self._flats[key])
+        known = state.get(name)
+        if known is not None and known.data_ptr() != view.data_ptr():
+            view.copy_(known)
+        state[name] = view
+
+
+def _ranges(pieces: Sequence[Piece]) -> Iterable[Range]:
+    """Neighbours in a shard joined, padding between them included."""
+    by_group: dict[ShardGroup, set[int]] = {}
+    for piece in pieces:
+        by_group.setdefault(piece.group, set()).add(piece.index)
+    for group, indices in by_group.items():
+        start = stop = -1
+        for index, _, target, numel in group.buffer.shard_spans(group.axes.shard.rank) or ():
+            if index in indices:
+                start, stop = (target if start < 0 else start), target + numel
+            elif start >= 0:
+                yield Range(group, start, stop)
+                start = -1
+        if start >= 0:
+            yield Range(group, start, stop)
