@@ -188,9 +188,10 @@ class FlatSteps:
         options = self._inner.param_groups[position]
         rule = rule_of(self._inner, options)
         counter = torch.tensor(float(count)) if type(self._inner) in _COUNTED else None
-        for piece in pieces:
+        names = rule.state_names if rule is not None else ()
+        for piece in pieces if names else ():
             state = self._inner.state[piece.param]
-            for name in rule.state_names if rule is not None else ():
+            for name in names:
                 self._show_in(state, name, piece)
             if counter is not None:
                 state["step"] = counter
