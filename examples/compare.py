@@ -16,7 +16,7 @@ from torch import nn
 from doors import config_door, state_bytes
 from gpt import GPT, Shape
 from text import Batches
-from unishard.dist.collectives import record_traffic
+from unishard.dist.traffic import record_traffic
 
 STEPS = 20
 PRESETS = ("NO_SHARD", "ZERO1", "ZERO2", "ZERO3")

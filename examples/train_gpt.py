@@ -29,8 +29,9 @@ from doors import Trainer, code_door, config_door
 from gpt import GPT, Shape, generate
 from text import Batches, standard_library, train_tokenizer
 from unishard.dist.agree import agree
-from unishard.dist.collectives import communicator, record_traffic
+from unishard.dist.collectives import communicator
 from unishard.dist.mesh import ensure_process_group
+from unishard.dist.traffic import record_traffic
 from unishard.observe.monitors import JsonlMonitor, Monitor, TensorBoardMonitor
 from unishard.observe.record import StepRecord
 
@@ -58,7 +59,7 @@ def parse() -> Options:
     parser.add_argument(
         "--preset", help="a sharding preset, instead of the config's: ZERO1, ZERO2, ZERO3, ..."
     )
-    parser.add_argument("--steps", type=int, default=120, help="and the length of the schedule")
+    parser.add_argument("--steps", type=int, default=100, help="and the length of the schedule")
     parser.add_argument("--batch-size", type=int, help="sequences a rank and step, instead of the config's")
     parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"))
     parser.add_argument("--seed", type=int, default=0)

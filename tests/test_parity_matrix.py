@@ -11,6 +11,7 @@ import pytest
 from unishard.sharding.placement import PRESETS
 from unishard.testing.models import MODELS
 from unishard.testing.parity import ParityCase, assert_parity
+from unishard.testing.transport import through_sockets
 
 FLAT = [name for name, preset in PRESETS.items() if not preset.needs_replicas]
 HARD = ("transformer", "tied", "partly_frozen", "tiny_shapes", "unused_branch")
@@ -56,6 +57,22 @@ def test_two_ranks(preset: str, door: str, ranks: Callable[..., Any]) -> None:
 def test_other_numbers_of_ranks(preset: str, world_size: int, ranks: Callable[..., Any]) -> None:
     for door in ("config", "code"):
         ranks(run_cases, preset, door, False, world_size=world_size, timeout=240)
+
+
+def run_through_sockets(preset: str, door: str) -> None:
+    with through_sockets():
+        run_cases(preset, door, False)
+
+
+@pytest.mark.parametrize("preset", ["NO_SHARD", "ZERO1", "ZERO2", "ZERO3"])
+def test_the_transport_between_hosts(preset: str, ranks: Callable[..., Any]) -> None:
+    """Ranks on one host read each other's memory; on several they exchange messages."""
+    for door in ("config", "code"):
+        ranks(run_through_sockets, preset, door, world_size=3, timeout=240)
+
+
+def test_hybrid_meshes_between_hosts(ranks: Callable[..., Any]) -> None:
+    ranks(run_through_sockets, "HYBRID_ZERO2", "config", world_size=4, timeout=240)
 
 
 @pytest.mark.parametrize("preset", HYBRID)

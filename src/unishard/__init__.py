@@ -18,6 +18,8 @@ _HOMES = {
     "FSDPModule": "unishard.sharding.api",
     "UnshardHandle": "unishard.sharding.api",
     "register_fsdp_forward_method": "unishard.sharding.api",
+    "share_comm_ctx": "unishard.sharding.api",
+    "DataParallelMeshDims": "unishard.sharding.policies",
     "MixedPrecisionPolicy": "unishard.sharding.policies",
     "OffloadPolicy": "unishard.sharding.policies",
     "CPUOffloadPolicy": "unishard.sharding.policies",
@@ -56,6 +58,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DDP",
+    "DataParallelMeshDims",
     "Engine",
     "FSDPModule",
     "FULL_SHARD",
@@ -89,6 +92,7 @@ __all__ = [
     "initialize",
     "load_safetensors",
     "register_fsdp_forward_method",
+    "share_comm_ctx",
 ]
 
 

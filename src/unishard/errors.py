@@ -28,6 +28,10 @@ class UnevenShardingError(ShardingError, NotImplementedError):
     """A dim that the ranks do not divide, where uneven chunks are not possible."""
 
 
+class ArgumentTypeError(UnishardError, TypeError):
+    """An argument of a type that has no meaning there."""
+
+
 class StateError(UnishardError, RuntimeError):
     """A call made in a state that does not allow it, such as `step()` during backward."""
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,15 @@ from tests.sharding.test_step import Stack
 from torch import Tensor, nn
 
 from unishard import fully_shard
-from unishard.dist.collectives import Traffic, record_traffic
 from unishard.dist.mesh import axes_of, build_mesh
+from unishard.dist.traffic import Traffic, record_traffic
 from unishard.sharding.buffer import GroupBuffer
 from unishard.sharding.build import ShardPlan
+from unishard.sharding.gradient import GroupGradients
 from unishard.sharding.in_place import ShardedModel, shard_in_place
 from unishard.sharding.placement import PRESETS, Placement, Reshard
 from unishard.sharding.precision import MixedPrecision
+from unishard.testing.transport import through_sockets
 
 FLAT = ["NO_SHARD", "ZERO1", "ZERO2", "SHARD_GRAD_OP", "ZERO3"]
 HYBRID = [name for name, preset in PRESETS.items() if preset.needs_replicas]
@@ -137,36 +143,42 @@ def test_the_papers_volumes(preset: str, volume: int, ranks: Callable[..., Any])
 
 
 def wire_and_counted(preset: str) -> tuple[int, int]:
+    with through_sockets():
+        return _wire_and_counted(preset)
+
+
+def _wire_and_counted(preset: str) -> tuple[int, int]:
     sharded = shard(nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Tanh()) for _ in range(6))), preset)
     inputs = torch.randn(2, 512)
     run_step(sharded, 1, inputs)
     dist.barrier()
-    before = _loopback_bytes()
-    dist.barrier()
+    before = _bytes_acknowledged()
     with record_traffic() as traffic:
         run_step(sharded, 1, inputs)
     dist.barrier()
-    wire = _loopback_bytes() - before
-    dist.barrier()
-    return wire, traffic.data_bytes
+    return _bytes_acknowledged() - before, traffic.data_bytes
 
 
-def _loopback_bytes() -> int:
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name.strip() == "lo":
-            return int(rest.split()[8])
-    raise AssertionError("no loopback device")
+def _bytes_acknowledged() -> int:
+    """What peers have acknowledged on this process's TCP connections, as the kernel counts it (`tcpi_bytes_acked`)."""
+    total = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+        except OSError:
+            continue  # closed meanwhile, or no TCP socket
+        total += int.from_bytes(info[120:128], sys.byteorder)
+    return total
 
 
-@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux's network counters")
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="needs Linux's TCP_INFO")
 @pytest.mark.parametrize("preset", FLAT)
 def test_the_wire_carries_what_is_counted(preset: str, ranks: Callable[..., Any]) -> None:
-    results = ranks(wire_and_counted, preset)
-    counted = sum(sent for _, sent in results)
-    # Both ranks share the loopback device; its counter is read at slightly different times.
-    wire = min(wire for wire, _ in results)
-    assert wire == pytest.approx(counted, rel=0.03), (wire, counted)
+    for wire, counted in ranks(wire_and_counted, preset):
+        assert wire == pytest.approx(counted, rel=0.03), (wire, counted)
 
 
 def persistent(preset: str, dtype: torch.dtype) -> None:
@@ -190,13 +202,18 @@ def test_bytes_at_rest_equal_the_formula(preset: str, dtype: torch.dtype, ranks:
     ranks(persistent, preset, dtype)
 
 
-def peaks(door: str) -> tuple[int, int]:
-    """Most groups that were gathered, and most reduce buffers that lived, at once; the root's apart."""
+def peaks(door: str, transport: str) -> tuple[int, int]:
+    """Most groups that were gathered, and most whose whole gradients lived, at once; the root's apart."""
+    with through_sockets() if transport == "sockets" else nullcontext():
+        return _peaks(door)
+
+
+def _peaks(door: str) -> tuple[int, int]:
     model = Stack(depth=6)
     gathered: set[int] = set()
     most = {"gathered": 0, "reducing": 0}
-    reducing: list[weakref.ref[Tensor]] = []
-    allocate, release, new = GroupBuffer.allocate, GroupBuffer.release, {}
+    reducing: dict[GroupGradients, list[weakref.ref[Tensor]]] = {}
+    allocate, release, collect = GroupBuffer.allocate, GroupBuffer.release, GroupGradients.collect
 
     def note_allocate(self: GroupBuffer) -> None:
         allocate(self)
@@ -208,12 +225,13 @@ def peaks(door: str) -> tuple[int, int]:
         release(self)
         gathered.discard(id(self))
 
-    def note_new(self: GroupBuffer, dtype: torch.dtype) -> Tensor:
-        buffer = new[type(self)](self, dtype)
-        if id(self) not in roots:
-            reducing.append(weakref.ref(buffer))
-            most["reducing"] = max(most["reducing"], sum(r() is not None for r in reducing))
-        return buffer
+    def note_collect(self: GroupGradients, *args: Any, **kwargs: Any) -> None:
+        collect(self, *args, **kwargs)
+        if id(self.buffer) not in roots:
+            kept = [*self.fresh.values(), *([] if self.whole is None else [self.whole])]
+            reducing.setdefault(self, []).extend(weakref.ref(t) for t in kept)
+            alive = [g for g, refs in reducing.items() if any(r() is not None for r in refs)]
+            most["reducing"] = max(most["reducing"], len(alive))
 
     if door == "config":
         units = shard(model, "ZERO3").units
@@ -224,20 +242,21 @@ def peaks(door: str) -> tuple[int, int]:
             fully_shard(block)
         units = list(units_under(fully_shard(model)))
     roots = {id(g.buffer) for g in units[0].groups}
-    kind = type(units[1].groups[0].buffer)
-    new[kind] = kind.new_reduce_buffer
-    GroupBuffer.allocate, GroupBuffer.release, kind.new_reduce_buffer = note_allocate, note_release, note_new
+    GroupBuffer.allocate, GroupBuffer.release, GroupGradients.collect = (
+        note_allocate, note_release, note_collect,
+    )  # fmt: skip
     try:
         for _ in range(3):
             model(torch.randn(5, 6)).sum().backward()
     finally:
-        GroupBuffer.allocate, GroupBuffer.release, kind.new_reduce_buffer = allocate, release, new[kind]
+        GroupBuffer.allocate, GroupBuffer.release, GroupGradients.collect = allocate, release, collect
     return most["gathered"], most["reducing"]
 
 
+@pytest.mark.parametrize("transport", ["memory", "sockets"])
 @pytest.mark.parametrize("door", ["config", "code"])
-def test_at_most_three_groups_in_passing(door: str, ranks: Callable[..., Any]) -> None:
-    for gathered, reducing in ranks(peaks, door):
+def test_at_most_three_groups_in_passing(door: str, transport: str, ranks: Callable[..., Any]) -> None:
+    for gathered, reducing in ranks(peaks, door, transport):
         assert gathered == 2  # the one in use and the one prefetched
         assert 2 <= reducing <= 3
 

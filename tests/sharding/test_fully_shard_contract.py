@@ -123,9 +123,9 @@ def _refusals() -> None:
     from torch.distributed.tensor import Shard
 
     shard1 = lambda param: Shard(1)  # noqa: E731
-    with pytest.raises(MisuseError, match=r"Shard\(1\).*is invalid for 1D"):
+    with pytest.raises(MisuseError, match="Shard dim 1 is invalid for 1D tensors"):
         fully_shard(nn.LayerNorm(4), shard_placement_fn=shard1)
-    with pytest.raises(UnevenShardingError, match="uneven sharding on dim 1"):
+    with pytest.raises(UnevenShardingError, match="FSDP does not support uneven sharding on dim 1"):
         fully_shard(nn.Linear(3, 4, bias=False), shard_placement_fn=shard1)
     with pytest.raises(ShardingError, match="1D or 2D DeviceMesh"):
         fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (2, 1, 1)))
@@ -198,3 +198,39 @@ def _equal_meshes() -> list[tuple[int, ...]]:
 
 def test_meshes_that_are_equal_need_not_be_one_object(ranks: Ranks) -> None:
     assert ranks(_equal_meshes)[0] == [(6, 4), (6, 4)]
+
+
+def _copied_states() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    fully_shard(model)
+    model(torch.ones(1, 3)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    grads = copy.deepcopy([param.grad for param in model.parameters()])
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    assert all(value.full_tensor().abs().sum() > 0 for value in before.values())
+    model.load_state_dict(before)
+    assert model.state_dict().keys() == before.keys()
+    for param, kept, grad in zip(model.parameters(), before.values(), grads, strict=True):
+        assert torch.equal(param.full_tensor(), kept.full_tensor())
+        assert torch.equal(param.grad.full_tensor(), grad.full_tensor())
+
+
+def test_a_state_dict_can_be_deepcopied(ranks: Ranks) -> None:
+    ranks(_copied_states)
+
+
+def _written_locally(sharding: str) -> float:
+    model: Any = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    fully_shard(model, sharding=sharding)
+    model(torch.ones(1, 2)).sum().backward()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.to_local().fill_(1.0)
+    return model(torch.ones(1, 2)).sum().item()
+
+
+@pytest.mark.parametrize("sharding", ["NO_SHARD", "ZERO2", "ZERO3"])
+def test_writes_to_local_tensors_are_seen(ranks: Ranks, sharding: str) -> None:
+    assert ranks(_written_locally, sharding) == [8.0, 8.0]

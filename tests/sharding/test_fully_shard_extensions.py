@@ -137,3 +137,32 @@ def _missing() -> None:
 
 def test_a_subclass_without_the_hooks_is_refused(ranks: Ranks) -> None:
     ranks(_missing)
+
+
+def _sends_subclasses() -> float:
+    def pre(self: Any, mesh: Any) -> Any:
+        return (Half(self.data_.clone()),), "note"
+
+    Half.fsdp_pre_all_gather, Half.fsdp_post_all_gather = pre, _post  # type: ignore[attr-defined]
+    model: Any = nn.Linear(4, 4, bias=False)
+    model.weight = nn.Parameter(Half(torch.full((4, 4), 2.0)))  # pyright: ignore[reportArgumentType]
+    fully_shard(model)
+    output = model(torch.ones(1, 4))
+    torch.distributed.barrier()
+    return output.sum().item()
+
+
+def test_what_is_sent_may_be_a_subclass(ranks: Ranks) -> None:
+    assert ranks(_sends_subclasses) == [32.0, 32.0]
+
+
+def _subclass_gradient() -> float:
+    model: Any = nn.Linear(4, 4, bias=False)
+    fully_shard(model)
+    model.register_forward_pre_hook(lambda module, args: module.weight.register_hook(Half) and None)
+    model(torch.ones(1, 4)).sum().backward()
+    return model.weight.grad.full_tensor().sum().item()
+
+
+def test_a_gradient_may_be_a_subclass(ranks: Ranks) -> None:
+    assert ranks(_subclass_gradient) == [16.0, 16.0]

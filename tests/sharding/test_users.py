@@ -183,7 +183,7 @@ def case_mesh_that_does_not_fit() -> None:
 
 def case_reshard_to_a_subgroup() -> None:
     """ZeRO++'s hpZ: after forward half of the parameters stay, and backward gathers between two ranks only."""
-    from unishard.dist.collectives import record_traffic
+    from unishard.dist.traffic import record_traffic
 
     torch.manual_seed(3)
     model, alone = Stack(), Stack()

@@ -1,7 +1,8 @@
 """The only caller of `torch.distributed` collectives: chosen by backend, counted in bytes, named by tag.
 
-On gloo an all-gather is point-to-point straight into place and a reduce-scatter is an exchange followed by a
-local sum: gloo's own reduce-scatter is an all-reduce inside (1.5 times the traffic), and its all-gather copies.
+CPU ranks on one host read each other's memory in place (`memory_window`). Otherwise, on gloo, an all-gather is
+point-to-point straight into place and a reduce-scatter is an exchange followed by a local sum: gloo's own
+reduce-scatter is an all-reduce inside (1.5 times the traffic), and its all-gather copies.
 The local sum runs in fp32 whatever travelled, so 16-bit wires do not round once per rank. Other backends get
 their native collectives, under the names of torch 2.11 (`all_gather_into_tensor`) or 2.13 (`all_gather_single`).
 """
@@ -11,15 +12,28 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from unishard.dist.in_place import (
+    GatherPlan,
+    InPlaceAllReduce,
+    InPlaceGather,
+    InPlaceReduce,
+    ReducePlan,
+    Sources,
+    Target,
+    encode_label,
+    plan_flat,
+    reduce_small,
+    sum_dtype,
+)
+from unishard.dist.memory_window import MemoryWindow, open_window
+from unishard.dist.traffic import count
 from unishard.errors import StateError
 
 # Above the tags that user code plausibly picks for its own sends on the same process group.
@@ -30,26 +44,6 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
-
-
-@dataclass
-class Traffic:
-    """Bytes this rank sent, by operation, and how often each operation ran.
-
-    `data` holds parameters and gradients, `control` flags, norms and start-up broadcasts.
-    """
-
-    data: Counter[str] = field(default_factory=Counter)
-    control: Counter[str] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
-
-    def add(self, op: str, sent: int, control: bool) -> None:
-        (self.control if control else self.data)[op] += sent
-        self.calls[op] += 1
-
-    @property
-    def data_bytes(self) -> int:
-        return sum(self.data.values())
 
 
 # Point-to-point messages are numbered per process group: two numberings on one group would cross. The group is held
@@ -63,41 +57,23 @@ def _tags_of(group: dist.ProcessGroup) -> Iterator[int]:
         return _tags.setdefault(group, itertools.count())
 
 
-_recorders: list[Traffic] = []
-
-
-@contextmanager
-def record_traffic() -> Iterator[Traffic]:
-    """Count what this process sends inside the block.
-
-    >>> with record_traffic() as traffic:
-    ...     pass
-    >>> traffic.data_bytes
-    0
-    """
-    traffic = Traffic()
-    _recorders.append(traffic)
-    try:
-        yield traffic
-    finally:
-        _recorders.remove(traffic)
-
-
-def _count(op: str, sent: int, control: bool = False) -> None:
-    for recorder in _recorders:
-        recorder.add(op, sent, control)
-
-
 class Pending(Protocol):
-    """A collective under way. `wait()` is idempotent and returns once its buffers are the caller's again."""
+    """A collective under way. `wait()` is idempotent and returns once its result is there."""
 
     def wait(self) -> None: ...
+
+    def release(self) -> None:
+        """After `wait()`: return once peers no longer need what this rank contributed."""
+        ...
 
 
 class Done:
     """A collective with nothing to do: one rank."""
 
     def wait(self) -> None:
+        return None
+
+    def release(self) -> None:
         return None
 
 
@@ -118,6 +94,9 @@ class Works:
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
+
+    def release(self) -> None:
+        """Nothing to wait for: sockets and devices copy."""
 
 
 class Communicator:
@@ -150,6 +129,60 @@ class Communicator:
         """Whether this axis communicates device memory only (NCCL)."""
         return self._group is not None and self._backend() == "nccl"
 
+    # in place ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def window(self) -> MemoryWindow | None:
+        """Peers' memory, where all of them are on this host; opened by the first collective, on all ranks together."""
+        if self.size == 1 or self.group is None or not self.point_to_point:
+            return None
+        return open_window(self.group)
+
+    def gather_in_place(
+        self, source: torch.Tensor, full: torch.Tensor, plan: GatherPlan, op: str, label: str
+    ) -> Pending:
+        """Read every peer's `source`, as `plan` says, into `full`, which holds this rank's part already.
+
+        `source` must keep its values until `drain()`. Sends (size - 1) times `source`.
+        """
+        if self.window is None:
+            raise StateError(f"{label}: peers' memory cannot be read; ask `window` first")
+        count(op, (self.size - 1) * source.numel() * source.element_size())
+        return InPlaceGather(self.window, source, full, plan, encode_label(op, label))
+
+    def reduce_in_place(
+        self,
+        sources: Sources,
+        plan: ReducePlan,
+        target: Callable[[], Target],
+        finish: Callable[[], None],
+        *,
+        op: str,
+        label: str,
+        sent: int,
+    ) -> Pending:
+        """Sum what every rank published, as `plan` says, into `target()`; `wait()` ends with `finish()`.
+
+        Sources are contiguous and stay alive until peers have read them. `sent` is what one peer reads, in bytes.
+        """
+        if self.window is None:
+            raise StateError(f"{label}: peers' memory cannot be read; ask `window` first")
+        count(op, (self.size - 1) * sent)
+        return InPlaceReduce(self.window, sources, plan, target, finish, encode_label(op, label))
+
+    @property
+    def in_flight(self) -> int:
+        """How many reductions may be under way. Sockets move data meanwhile; reading in place happens in `wait`, and a
+        second one would hold a second group's gradients for nothing."""
+        return 1 if self.window is not None else 2
+
+    def drain(self) -> None:
+        """Return once peers have read what they were shown, so that it may change. Sockets copy, and need no wait."""
+        if self.size > 1 and self.window is not None:
+            self.window.drain()
+
+    # collectives -------------------------------------------------------------------------------------------
+
     def _exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> list[Any]:
         """Post every send and receive at once; peers are ranks of this group. Bytes travel as they are."""
         tag = _FIRST_TAG + next(self._tags) % _TAG_SPAN
@@ -165,23 +198,37 @@ class Communicator:
         for step in range(1, self.size):
             yield (self.rank + step) % self.size
 
-    def all_gather(self, full: torch.Tensor, op: str = "all_gather") -> Pending:
+    def all_gather(
+        self,
+        full: torch.Tensor,
+        op: str = "all_gather",
+        label: str = "",
+        source: torch.Tensor | None = None,
+    ) -> Pending:
         """Fill `full`, shape (size * n,), whose own slice [rank * n : (rank + 1) * n] already holds this rank's.
 
-        The caller keeps `full` alive until `wait()`. Sends (size - 1) * n elements.
+        The caller keeps `full` alive until `wait()`. `source`, by default that slice, is a second place where this
+        rank's n elements lie; it stays alive and keeps its values until `drain()`. Sends (size - 1) * n elements.
         """
         if self.size == 1:
             return DONE
         slices = full.chunk(self.size)
+        if self.window is not None:
+            plan = plan_flat(full.numel(), self.size, self.rank, full.element_size())[1]
+            return self.gather_in_place(slices[self.rank] if source is None else source, full, plan, op, label)
         own = slices[self.rank]
-        _count(op, (self.size - 1) * own.numel() * own.element_size())
+        count(op, (self.size - 1) * own.numel() * own.element_size())
         if self.point_to_point:
             peers = list(self._peers())
             return Works(self._exchange(dict.fromkeys(peers, own), {p: slices[p] for p in peers}))
         return Works([_all_gather(full, own, group=self.group, async_op=True)])
 
     def reduce_scatter(
-        self, full: torch.Tensor, finish: Callable[[torch.Tensor], None], op: str = "reduce_scatter"
+        self,
+        full: torch.Tensor,
+        finish: Callable[[torch.Tensor], None],
+        op: str = "reduce_scatter",
+        label: str = "",
     ) -> Pending:
         """Sum `full`, shape (size * n,), over ranks; `wait()` calls `finish` with this rank's sum, shape (n,), fp32
         (fp64 stays fp64).
@@ -192,7 +239,15 @@ class Communicator:
         own = slices[self.rank]
         if self.size == 1:
             return Works([], lambda: finish(_widen(own)))
-        _count(op, (self.size - 1) * own.numel() * own.element_size())
+        count(op, (self.size - 1) * own.numel() * own.element_size())
+        if self.window is not None:
+            plan = plan_flat(full.numel(), self.size, self.rank, full.element_size())[0]
+            total = torch.empty(own.numel(), dtype=sum_dtype(own.dtype), device="cpu")
+            target = Target(total, accumulate=False, scale=1.0)
+            sources = Sources([full], packed=True, dtype=full.dtype)
+            return InPlaceReduce(
+                self.window, sources, plan, lambda: target, lambda: finish(total), encode_label(op, label)
+            )
         if self.point_to_point:
             received = {p: torch.empty_like(own) for p in self._peers()}
             works = self._exchange({p: slices[p] for p in received}, received)
@@ -210,24 +265,31 @@ class Communicator:
         # `full` is held by the closure: the backend reads it until the work is done.
         return Works([work], lambda: (full, finish(_widen(out)))[1])
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "all_reduce") -> Pending:
-        """Sum `tensor` over ranks in place, any shape. Sends 2 (size - 1) / size of it, rounded up to whole slices."""
+    def all_reduce(
+        self, tensor: torch.Tensor, op: str = "all_reduce", label: str = "", scale: float = 1.0
+    ) -> Pending:
+        """Sum `tensor` times `scale` over ranks in place, any shape; unchanged until `drain()`. Sends 2 (size - 1) / size of it, rounded up to whole slices."""
         if self.size == 1:
             return DONE
         flat = tensor.view(-1)
+        if self.window is not None:
+            count(op, 2 * (self.size - 1) * flat.numel() * flat.element_size() // self.size)
+            plans = plan_flat(flat.numel(), self.size, self.rank, flat.element_size())
+            return InPlaceAllReduce(self.window, flat, plans, scale, encode_label(op, label))
         if not (self.point_to_point and flat.element_size() < 4):
-            _count(op, 2 * (self.size - 1) * flat.numel() * flat.element_size() // self.size)
-            return Works([dist.all_reduce(flat, group=self.group, async_op=True)])
-        return self._all_reduce_16bit(flat, op)
+            count(op, 2 * (self.size - 1) * flat.numel() * flat.element_size() // self.size)
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+            return Works([work], lambda: _scale(flat, scale))
+        return self._all_reduce_16bit(flat, op, scale)
 
-    def _all_reduce_16bit(self, flat: torch.Tensor, op: str) -> Pending:
+    def _all_reduce_16bit(self, flat: torch.Tensor, op: str, scale: float) -> Pending:
         # gloo sums in the wire dtype; two exchanges with an fp32 sum between them send the same bytes.
         length = -(-flat.numel() // self.size)
         padded = flat.new_zeros(length * self.size)
         padded[: flat.numel()].copy_(flat)
 
         def gather_back(total: torch.Tensor) -> None:
-            padded.chunk(self.size)[self.rank].copy_(total)
+            padded.chunk(self.size)[self.rank].copy_(total.mul_(scale))
             self.all_gather(padded, op).wait()
             flat.copy_(padded[: flat.numel()])
 
@@ -236,11 +298,14 @@ class Communicator:
     def all_reduce_control(self, tensor: torch.Tensor, reduce: str = "sum") -> torch.Tensor:
         """Reduce a small flag or scalar tensor in place, `reduce` in {"sum", "max", "min"}; blocks; returns it."""
         if self.size > 1:
-            _count(
+            count(
                 "control",
                 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size,
                 control=True,
             )
+            if self.window is not None and tensor.is_contiguous():
+                reduce_small(self.window, tensor, reduce, b"control")
+                return tensor
             ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
             dist.all_reduce(tensor, op=ops[reduce], group=self.group)
         return tensor
@@ -248,7 +313,7 @@ class Communicator:
     def broadcast(self, tensor: torch.Tensor, source: int = 0, op: str = "broadcast") -> None:
         """Copy `tensor` from rank `source` of this axis to all, in place; blocks."""
         if self.size > 1:
-            _count(op, tensor.numel() * tensor.element_size() if self.rank == source else 0, control=True)
+            count(op, tensor.numel() * tensor.element_size() if self.rank == source else 0, control=True)
             dist.broadcast(tensor, group=self.group, group_src=source)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
@@ -266,6 +331,11 @@ class Communicator:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+def _scale(flat: torch.Tensor, scale: float) -> None:
+    if scale != 1.0:
+        flat.mul_(scale)
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:
@@ -296,3 +366,8 @@ def communicator(group: dist.ProcessGroup | None) -> Communicator:
     if group is None:
         return SOLO
     return _communicators.setdefault(group, Communicator(group))
+
+
+def known_communicators() -> list[Communicator]:
+    """Every communicator of a living process group."""
+    return list(_communicators.values())

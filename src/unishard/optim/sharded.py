@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,7 +227,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _attach(self, groups: Sequence[ShardGroup]) -> None:
         """Show gradients to the inner optimizer; a parameter that no rank used keeps none and is left alone."""
-        touched: dict[int, set[int]] = {}
+        touched: dict[int, Set[int]] = {}
         for axes in dict.fromkeys(g.axes for g in groups):
             members = [g for g in groups if g.axes == axes]
             touched.update(zip(map(id, members), agree_on_touched(members, axes), strict=True))
@@ -248,6 +248,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for group in groups:
                 if group.resident:
                     group.wait()
+            self._schedule.drain()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state over local pieces, and the loss scale."""

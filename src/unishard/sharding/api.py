@@ -16,23 +16,26 @@ from unishard.dist.collectives import Communicator
 from unishard.dist.mesh import Axes, axes_of, ensure_process_group, subgroup
 from unishard.errors import MisuseError, ShardingError, UnsupportedError
 from unishard.sharding.build import ShardPlan, build_unit, start_schedule_with
+from unishard.sharding.composable import is_replicated, note_sharded
 from unishard.sharding.dtensor import PlacementFn, deliver, swapped_group
 from unishard.sharding.first_run import prepare_first_run
-from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class
+from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class, share_comm_ctx
 from unishard.sharding.hooks import StateDictHooks, watch_optimizers
 from unishard.sharding.in_place import broadcast_buffers
 from unishard.sharding.parameter import ParameterRecord, find_parameters, taken_by
-from unishard.sharding.placement import ZERO3, Placement, Sharding, preset
+from unishard.sharding.placement import NO_SHARD, ZERO3, Placement, Sharding, preset
 from unishard.sharding.policies import (
     MixedPrecisionPolicy,
     OffloadPolicy,
+    as_mesh_dims,
     as_mixed_precision,
     require_supported_offload,
 )
 from unishard.sharding.schedule import Schedule
+from unishard.sharding.spmd import WholeMesh
 from unishard.sharding.unit import ShardUnit, unit_of, units_under
 
-__all__ = ["FSDPModule", "UnshardHandle", "shard_modules", "register_fsdp_forward_method"]
+__all__ = ["FSDPModule", "UnshardHandle", "shard_modules", "share_comm_ctx", "register_fsdp_forward_method"]
 
 
 _FULL_PRECISION = MixedPrecisionPolicy()
@@ -54,14 +57,17 @@ def shard_modules(
     """What `unishard.fully_shard` does, with everything heavy imported; see there."""
     modules: list[nn.Module] = list(module) if isinstance(module, list | tuple) else [module]
     _check_modules(modules)
+    whole_mesh = None
     if dp_mesh_dims is not None:
-        raise UnsupportedError(
-            "fully_shard: dp_mesh_dims is not available; pass the data-parallel sub-mesh as mesh="
-        )
+        whole_mesh = _whole_mesh(mesh, dp_mesh_dims, reshard_after_forward)
+        mesh = whole_mesh.data_parallel_mesh()
+        if not whole_mesh.dims.shard_names:
+            sharding, reshard_after_forward = _copies_only(sharding), None
     shard_records(
         modules,
         _records(modules, ignored_params or set()),
         mesh=mesh,
+        whole_mesh=whole_mesh,
         sharding=sharding,
         reshard_after_forward=reshard_after_forward,
         shard_placement_fn=shard_placement_fn,
@@ -76,6 +82,7 @@ def shard_records(
     records: Sequence[ParameterRecord],
     *,
     mesh: DeviceMesh | None = None,
+    whole_mesh: WholeMesh | None = None,
     sharding: Sharding | str = ZERO3,
     reshard_after_forward: bool | int | None = None,
     shard_placement_fn: PlacementFn | None = None,
@@ -87,13 +94,15 @@ def shard_records(
     plan, mesh = _plan(modules, mesh, sharding, mp_policy, offload_policy)
     name = type(modules[0]).__name__
     tied = [(r.fqn, taken) for r in records if (taken := taken_by(r.param)) is not None]
-    unit = build_unit(name, modules, records, plan, swapped_group(plan, mesh, shard_placement_fn), _start)
+    make = swapped_group(plan, mesh, shard_placement_fn, whole_mesh)
+    unit = build_unit(name, modules, records, plan, make, _start)
     unit.tied_elsewhere = tied
     if sharding.parameter is Placement.REPLICATE:
         watch_optimizers()
     _set_resharding(unit, plan.axes, reshard_after_forward)
     for each in modules:
         StateDictHooks(unit, each)
+        note_sharded(each)
         each.__class__ = as_fsdp_class(type(each))
     return unit
 
@@ -114,6 +123,27 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
                 f"fully_shard does not support containers that do not implement forward, as {type(module).__name__} "
                 "does not; apply it to the modules inside, or to all of them as one unit: fully_shard([*blocks])"
             )
+
+
+def _whole_mesh(mesh: DeviceMesh | None, dims: Any, reshard_after_forward: bool | int | None) -> WholeMesh:
+    if not isinstance(mesh, DeviceMesh):
+        raise ShardingError(f"dp_mesh_dims={dims} needs the mesh whose dims it names; pass mesh=")
+    if not isinstance(reshard_after_forward, bool | None):
+        raise UnsupportedError(
+            f"reshard_after_forward as int ({reshard_after_forward}) is not available with dp_mesh_dims; pass True or "
+            "False, or the data-parallel sub-mesh as mesh="
+        )
+    return WholeMesh(mesh, as_mesh_dims(dims))
+
+
+def _copies_only(sharding: Sharding | str) -> Sharding:
+    sharding = preset(sharding) if isinstance(sharding, str) else sharding
+    if sharding is not ZERO3 and sharding.sharded_anywhere:
+        raise ShardingError(
+            f"{sharding} needs a dim to shard along, and dp_mesh_dims names only dims to replicate along; name one: "
+            "DataParallelMeshDims(shard=...), or use sharding=NO_SHARD"
+        )
+    return NO_SHARD
 
 
 def _plan(
@@ -177,10 +207,10 @@ def _materialized_everywhere(modules: Sequence[nn.Module], axes: Axes) -> bool:
 
 
 def _records(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> list[ParameterRecord]:
-    """Parameters not below a module that is already sharded."""
-    skip = {
-        m for root in modules for unit in units_under(root) for top in unit.modules for m in top.modules()
-    }
+    """Parameters not below a module that is already sharded, or that DDP replicates."""
+    tops = {top for root in modules for unit in units_under(root) for top in unit.modules}
+    tops |= {m for root in modules for m in root.modules() if m is not root and is_replicated(m)}
+    skip = {m for top in tops for m in top.modules()}
     prefixes = {} if len(modules) == 1 else {m: f"{i}." for i, m in enumerate(modules)}
     return find_parameters(list(modules), prefixes, ignored, skip)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
 
 from unishard.dist.collectives import Communicator, Pending, Works
+from unishard.dist.in_place import GatherPlan, ReducePlan, Span, plan_gather, plan_packed_reduce, plan_reduce
 from unishard.sharding.dim_layout import DimLayout
 from unishard.sharding.layout import FlatLayout
 
@@ -52,6 +54,7 @@ class GroupBuffer(ABC):
             self.full = torch.empty(numel, dtype=compute, device=device)
         self._bytes = self.full.untyped_storage().nbytes()
         self.allocated = True
+        self._reduce_plans: dict[torch.dtype, ReducePlan] = {}
 
     def _make_views(self) -> list[torch.Tensor]:
         return [
@@ -86,8 +89,51 @@ class GroupBuffer(ABC):
         return self.layout.shard_numel - self.layout.payload // self.comm.size
 
     @abstractmethod
-    def gather(self) -> Pending:
+    def gather(self, label: str = "") -> Pending:
         """Fill `full` from every rank's shard. Wait before reading; `full` is allocated at once."""
+
+    def _outgoing(self) -> torch.Tensor:
+        """The shard in compute dtype: the shard itself, or a fresh tensor."""
+        return self.shard if self.master == self.compute else self.shard.to(self.compute)
+
+    @abstractmethod
+    def shard_spans(self, rank: int) -> list[Span] | None:
+        """Where `rank`'s shard comes from: from parameter `index` to the shard. `None` if runs are not contiguous."""
+
+    @cached_property
+    def sums_single(self) -> bool:
+        """Whether gradients can be summed where autograd left them, one tensor a parameter."""
+        return self.comm.window is not None and self.shard_spans(self.comm.rank) is not None
+
+    def reduce_plan(self, dtype: torch.dtype) -> ReducePlan:
+        """How this rank's shard is summed out of what ranks publish in `dtype`."""
+        plan = self._reduce_plans.get(dtype)
+        if plan is None:
+            length, spans = self.layout.shard_numel, self.shard_spans(self.comm.rank)
+            start = self.comm.rank * length
+            if spans is None:
+                plan = plan_packed_reduce(start, length, dtype.itemsize)
+            else:
+                plan = plan_reduce(spans, start, dtype.itemsize)
+            self._reduce_plans[dtype] = plan
+        return plan
+
+    def new_shard(self, dtype: torch.dtype) -> torch.Tensor:
+        """A shard's worth of memory; only what `reduce_plan` leaves alone is zeroed."""
+        fresh = torch.empty(self.layout.shard_numel, dtype=dtype, device=self.device)
+        position = 0
+        for start, numel in self._covered:
+            fresh[position:start].zero_()
+            position = start + numel
+        fresh[position:].zero_()
+        return fresh
+
+    @cached_property
+    def _covered(self) -> list[tuple[int, int]]:
+        spans = self.shard_spans(self.comm.rank)
+        if spans is None:
+            return [(0, self.layout.shard_numel)]
+        return [(chunk.start, chunk.numel) for chunk in plan_reduce(spans, 0, 4)]
 
     def whole_views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The parameters inside `flat`, any 1-D tensor laid out like `full`."""
@@ -158,12 +204,17 @@ class FlatBuffer(GroupBuffer):
     def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
         return self._own(whole).clone()
 
-    def gather(self) -> Pending:
+    def gather(self, label: str = "") -> Pending:
         self.allocate()
+        source = None
         if not self.aliased:
             with torch.no_grad():
-                self._own(self.full).copy_(self.shard)
-        return self.comm.all_gather(self.full)
+                source = self._outgoing()
+                self._own(self.full).copy_(source)
+        return self.comm.all_gather(self.full, label=label, source=source)
+
+    def shard_spans(self, rank: int) -> list[Span]:
+        return [Span(p.index, p.param_start, p.shard_start, p.numel) for p in self.layout.pieces(rank)]
 
     def local(self, index: int, shard: torch.Tensor) -> torch.Tensor:
         piece = self._pieces.get(index)
@@ -211,21 +262,70 @@ class DimBuffer(GroupBuffer):
         return whole.narrow(self.layout.dims[index], *self.layout.chunk(index, rank))
 
     def local(self, index: int, shard: torch.Tensor) -> torch.Tensor:
-        return self._local(index, shard, self.comm.rank)
+        start, stop, shape = self._places[index]
+        return shard[start:stop].view(shape)
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Of each parameter's chunk on this rank: start and stop in the shard, and shape."""
+        rank, found = self.comm.rank, []
+        for index, start in enumerate(self.layout.shard_offsets):
+            shape = self.layout.chunk_shape(index, rank) or (self.layout.chunk(index, rank)[1],)
+            found.append((start, start + prod(shape), shape))
+        return found
+
+    @cached_property
+    def _own_targets(self) -> list[torch.Tensor]:
+        return [self._chunk(target, index, self.comm.rank) for index, target in enumerate(self._targets)]
 
     def _local(self, index: int, shard: torch.Tensor, rank: int) -> torch.Tensor:
         shape = self.layout.chunk_shape(index, rank) or (self.layout.chunk(index, rank)[1],)
         start = self.layout.shard_offsets[index]
         return shard[start : start + prod(shape)].view(shape)
 
-    def gather(self) -> Pending:
+    def gather(self, label: str = "") -> Pending:
         self.allocate()
+        if self._gather_plan is not None:
+            return self._gather_in_place(self._gather_plan, label)
         length = self.layout.shard_numel
         with torch.inference_mode(False), torch.no_grad():
             staging = torch.empty(self.comm.size * length, dtype=self.compute, device=self.device)
             staging[self.comm.rank * length : (self.comm.rank + 1) * length].copy_(self.shard)
-        pending = self.comm.all_gather(staging)
+        pending = self.comm.all_gather(staging, label=label)
         return Works([pending], lambda: self._copy_out(staging))
+
+    def shard_spans(self, rank: int) -> list[Span] | None:
+        layout = self.layout
+        if any(layout.dims):
+            return None
+        spans = []
+        for index, shape in enumerate(layout.shapes):
+            start, length = layout.chunk(index, rank)
+            row = prod(shape[1:])
+            spans.append(Span(index, start * row, layout.shard_offsets[index], length * row))
+        return [span for span in spans if span.numel]
+
+    @cached_property
+    def _gather_plan(self) -> GatherPlan | None:
+        """From each rank's shard straight into the whole parameters, which saves the staging buffer and a copy."""
+        ranks = [self.shard_spans(rank) for rank in range(self.comm.size)]
+        if self.comm.window is None or any(spans is None for spans in ranks):
+            return None
+        moved = [
+            [
+                Span(0, target, self.layout.offsets[index] + source, numel)
+                for index, source, target, numel in spans or ()
+            ]
+            for spans in ranks
+        ]
+        return plan_gather(moved, self.compute.itemsize)
+
+    @torch.no_grad()
+    def _gather_in_place(self, plan: GatherPlan, label: str) -> Pending:
+        source = self._outgoing()
+        locals_ = [self.local(index, source) for index in range(len(self._targets))]
+        torch._foreach_copy_(self._own_targets, locals_)
+        return self.comm.gather_in_place(source, self.full, plan, "all_gather", label)
 
     @torch.no_grad()
     def _copy_out(self, staging: torch.Tensor) -> None:

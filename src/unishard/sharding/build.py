@@ -20,7 +20,7 @@ from unishard.sharding.placement import Placement, Sharding
 from unishard.sharding.precision import GroupPrecision, MixedPrecision, resolve_precision
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.single import adopted
-from unishard.sharding.unit import ShardUnit, units_under
+from unishard.sharding.unit import ShardUnit, forget_unit, units_under
 
 MakeGroup = Callable[[str, list[ParameterRecord], GroupPrecision], ShardGroup]
 
@@ -57,11 +57,16 @@ def build_unit(
 ) -> ShardUnit:
     """Shard `records`, which belong to `modules`, and hook them. All ranks call together."""
     unit = ShardUnit(name, modules, plan.sharding, plan.policy)
-    for members in split_by_kind(records):
-        precision = resolve_precision(plan.policy, members[0].param.dtype)
-        group = make_group(name, members, precision)
-        group.policy = plan.policy
-        unit.groups.append(group)
+    try:
+        for members in split_by_kind(records):
+            precision = resolve_precision(plan.policy, members[0].param.dtype)
+            group = make_group(name, members, precision)
+            group.policy = plan.policy
+            unit.groups.append(group)
+    except Exception:
+        # Refused: the module is not sharded, and may be once the caller has mended what was wrong.
+        forget_unit(unit)
+        raise
     UnitHooks(unit, start)
     return unit
 

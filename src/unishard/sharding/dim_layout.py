@@ -126,7 +126,7 @@ def plan_dim_layout(
             raise ShardingError(f"{name}: shape {tuple(shape)} has no dim {dim} to shard")
         if dim != 0 and shape[dim] % world_size:
             raise UnevenShardingError(
-                f"{name}: no uneven sharding on dim {dim}: {world_size} ranks do not divide shape {tuple(shape)} "
-                "there; shard dim 0 or pad the parameter"
+                f"{name}: FSDP does not support uneven sharding on dim {dim}, and neither does unishard: {world_size} "
+                f"ranks do not divide shape {tuple(shape)} there; shard dim 0 or pad the parameter"
             )
     return DimLayout(tuple(tuple(s) for s in shapes), tuple(dims), world_size)

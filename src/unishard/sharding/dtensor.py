@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import Home, ParameterRecord, SwappedParameter, tensor_parallel_of
 from unishard.sharding.placement import Placement as Rest
 from unishard.sharding.precision import GroupPrecision, resolve_precision
+from unishard.sharding.spmd import WholeMesh
 from unishard.sharding.touched import agree_on_touched
 
 PlacementFn = Callable[[nn.Parameter], "Shard | None"]
@@ -42,10 +44,36 @@ class Spec:
     stride: tuple[int, ...]
 
     def wrap(self, local: torch.Tensor) -> DTensor:
-        with torch.no_grad():
-            return DTensor.from_local(
-                local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
-            )
+        """`local` as this rank's part of a DTensor, without communication."""
+        own = _standalone(local)
+        known = self._known.get(own.dtype)
+        if known is None:
+            with torch.no_grad():
+                made = DTensor.from_local(
+                    own, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+                )
+            self._known[own.dtype] = made._spec
+            return made
+        # Working out the same layout again for each gradient costs more than all else that is done to it here.
+        return DTensor(own.detach(), known, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+    @cached_property
+    def _known(self) -> dict[torch.dtype, Any]:
+        return {}
+
+
+def _standalone(local: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own, without what lies before and after it.
+
+    A DTensor has the storage offset of its local tensor, and torch cannot deepcopy one whose offset is not 0.
+    """
+    if local.is_meta or local.storage_offset() == 0:
+        return local
+    if not local.numel():
+        return torch.empty_like(local)
+    start = local.storage_offset() * local.element_size()
+    storage = local.untyped_storage()[start : start + local.numel() * local.element_size()]
+    return local.new_empty(0).set_(storage, 0, local.shape, local.stride())
 
 
 class ShardedParameter(SwappedParameter):
@@ -58,6 +86,13 @@ class ShardedParameter(SwappedParameter):
             if not hasattr(sharded, key):
                 setattr(sharded, key, value)
         super().__init__(record, view, sharded)
+        self.zero_if_unused = False
+        """Whether a parameter that no rank used gets a gradient of zeros instead of none."""
+
+    @property
+    def writes(self) -> int:
+        local: Any = self.sharded
+        return super().writes + local._local_tensor._version
 
     def accept(self, local: torch.Tensor) -> None:
         """Add a reduced local gradient to the sharded parameter's, and run the hooks users put there."""
@@ -87,14 +122,20 @@ def placement_dim(record: ParameterRecord, placement: Shard | None) -> int:
     dim = placement.dim + len(record.shape) if placement.dim < 0 else placement.dim
     if not 0 <= dim < len(record.shape):
         raise MisuseError(
-            f"{record.fqn}: shard_placement_fn returned Shard({placement.dim}); that Shard dim is invalid for "
-            f"{len(record.shape)}D tensors, and the shape is {tuple(record.shape)}: return a dim it has"
+            f"{record.fqn}: Shard dim {placement.dim} is invalid for {len(record.shape)}D tensors: shard_placement_fn "
+            f"must return a dim of shape {tuple(record.shape)}"
         )
     return dim
 
 
-def spec_of(record: ParameterRecord, mesh: DeviceMesh, axes: Axes, dim: int) -> Spec:
+def spec_of(
+    record: ParameterRecord, mesh: DeviceMesh, axes: Axes, dim: int, whole_mesh: WholeMesh | None = None
+) -> Spec:
     """Placements of the sharded parameter over the data-parallel mesh and, in front of it, tensor parallelism's."""
+    if whole_mesh is not None:
+        on, placements = whole_mesh.spec(record, mesh, dim)
+        dtensor: Any = record.param
+        return Spec(on, placements, dtensor.shape, dtensor.stride())
     own: Placement = Shard(dim) if axes.shard.group is not None else Replicate()
     data_parallel: list[Placement] = [own] if mesh.ndim == 1 else [Replicate(), own]
     tensor_parallel = tensor_parallel_of(record.param)
@@ -107,9 +148,9 @@ def spec_of(record: ParameterRecord, mesh: DeviceMesh, axes: Axes, dim: int) -> 
 
         # Tensor parallelism cut the dim first: data-parallel chunks interleave with its pieces.
         data_parallel[-1] = _StridedShard(dim, split_factor=tensor_parallel.mesh.size())
-    whole_mesh = _concatenate(mesh, tensor_parallel.mesh, record.fqn)
+    joined = _concatenate(mesh, tensor_parallel.mesh, record.fqn)
     placements = (*data_parallel, *tensor_parallel.placements)
-    return Spec(whole_mesh, placements, tensor_parallel.shape, tensor_parallel.stride)
+    return Spec(joined, placements, tensor_parallel.shape, tensor_parallel.stride)
 
 
 def _concatenate(data_parallel: DeviceMesh, tensor_parallel: DeviceMesh, fqn: str) -> DeviceMesh:
@@ -121,11 +162,15 @@ def _concatenate(data_parallel: DeviceMesh, tensor_parallel: DeviceMesh, fqn: st
     return DeviceMesh._concatenate([data_parallel, tensor_parallel])
 
 
-def swapped_group(plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn | None) -> MakeGroup:
-    """Groups of the code door."""
+def swapped_group(
+    plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn | None, whole_mesh: WholeMesh | None = None
+) -> MakeGroup:
+    """Groups of the code door. `mesh` is the data-parallel one, a part of `whole_mesh` if that is given."""
 
     def make(name: str, records: list[ParameterRecord], precision: GroupPrecision) -> ShardGroup:
         dims = [placement_dim(r, placement_fn(r.param) if placement_fn else None) for r in records]
+        # All of them before the first parameter is swapped: a refusal leaves the module as it was.
+        specs = [spec_of(r, mesh, plan.axes, d, whole_mesh) for r, d in zip(records, dims, strict=True)]
         layout = plan_dim_layout(
             [tuple(r.shape) for r in records], dims, plan.axes.shard.size, [r.fqn for r in records]
         )
@@ -133,7 +178,7 @@ def swapped_group(plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn |
             layout, plan.axes, precision, plan.device, plan.sharding.parameter is Rest.REPLICATE
         )
         if is_extended(records[0].local):
-            return _extended(name, records, precision, plan, mesh, layout, dims)
+            return _extended(name, records, precision, plan, mesh, layout, specs)
         on_meta = any(r.local.is_meta for r in records)
         if on_meta:
             buffer.shard = torch.empty(layout.shard_numel, dtype=precision.master, device="meta")
@@ -141,9 +186,12 @@ def swapped_group(plan: ShardPlan, mesh: DeviceMesh, placement_fn: PlacementFn |
         else:
             fill(buffer, records, plan)
         registrations = [
-            ShardedParameter(r, view, buffer.local(i, buffer.shard), spec_of(r, mesh, plan.axes, dims[i]))
-            for i, (r, view) in enumerate(zip(records, buffer.views, strict=True))
+            ShardedParameter(r, view, buffer.local(i, buffer.shard), spec)
+            for i, (r, view, spec) in enumerate(zip(records, buffer.views, specs, strict=True))
         ]
+        if whole_mesh is not None:
+            for registration in registrations:
+                registration.reduce_along(whole_mesh.data_parallel)
         group = ShardGroup(name, plan.sharding, plan.axes, precision, buffer, registrations)
         if not on_meta:
             group.adopt()
@@ -159,7 +207,7 @@ def _extended(
     plan: ShardPlan,
     mesh: DeviceMesh,
     layout: DimLayout,
-    dims: list[int],
+    specs: list[Spec],
 ) -> ShardGroup:
     """A group of parameters that gather through their own extensions."""
     buffer = ExtendedBuffer(
@@ -176,7 +224,7 @@ def _extended(
             r,
             placeholder,
             local_part(r, buffer, i, plan.axes, plan.broadcast),
-            spec_of(r, mesh, plan.axes, dims[i]),
+            specs[i],
         )
         for i, r in enumerate(records)
     ]
@@ -214,7 +262,7 @@ def deliver(groups: Sequence[ShardGroup]) -> None:
             if shard is None:
                 continue
             for index, registration in enumerate(sharded_parameters(group)):
-                if index in used:
+                if index in used or (registration.zero_if_unused and registration.sharded.requires_grad):
                     registration.accept(group.buffer.local(index, shard))
             group.gradients.shard = None
             group.gradients.touched.clear()
@@ -287,13 +335,13 @@ def _rebuild(group: ShardGroup, registrations: list[ShardedParameter], locals_: 
     for index, (registration, local) in enumerate(zip(registrations, locals_, strict=True)):
         target = buffer.local(index, buffer.shard)
         target.copy_(local)
-        registration.sharded._local_tensor = target  # pyright: ignore[reportAttributeAccessIssue]
+        registration.sharded._local_tensor = _standalone(target)  # pyright: ignore[reportAttributeAccessIssue]
         registration.replace_whole(buffer.views[index])
     if not group.resident:
         buffer.release()
     group.buffer = buffer
     divisor, predivide = group.gradients.divisor, group.gradients.predivide
-    group.gradients = GroupGradients(buffer, group.axes, group.precision)
+    group.gradients = GroupGradients(buffer, group.axes, group.precision, group.name)
     group.gradients.divisor, group.gradients.predivide = divisor, predivide
     group.reset()
 
@@ -330,7 +378,7 @@ def copy_group(group: ShardGroup, homes_of: Callable[[Home], Home], copies: dict
         record = ParameterRecord(old.fqn, old.whole, [homes_of(h) for h in old.homes])
         new = ShardedParameter(record, buffer.views[index], buffer.local(index, buffer.shard), old.spec)
         # The copy that deepcopy made is the one other copied objects may refer to (an optimizer's state).
-        sharded._local_tensor = buffer.local(index, buffer.shard)
+        sharded._local_tensor = _standalone(buffer.local(index, buffer.shard))
         new.sharded = sharded
         for home in new.homes:
             home.register(sharded)

@@ -46,7 +46,7 @@ class ExtendedBuffer(DimBuffer):
         self.release()
         self.shard = torch.empty(0, dtype=self.master, device=device)
 
-    def gather(self) -> Pending:
+    def gather(self, label: str = "") -> Pending:
         raise StateError("a parameter with all-gather extensions is gathered by its own group")
 
     def absorb(self) -> None:
@@ -74,9 +74,10 @@ class GatheredParameter:
         inputs, self._metadata = _pre_all_gather(local, arguments)
         self._shapes = [tensor.shape for tensor in inputs]
         self._allocate(inputs, axes.shard.size)
-        for tensor, target in zip(inputs, self._targets, strict=True):
-            target.chunk(axes.shard.size)[axes.shard.rank].copy_(tensor.reshape(-1))
-        return [axes.shard.all_gather(target) for target in self._targets]
+        flat = [_plain(tensor.contiguous().view(-1)) for tensor in inputs]
+        for tensor, target in zip(flat, self._targets, strict=True):
+            target.chunk(axes.shard.size)[axes.shard.rank].copy_(tensor)
+        return [axes.shard.all_gather(t, source=s) for s, t in zip(flat, self._targets, strict=True)]
 
     def _allocate(self, inputs: Sequence[torch.Tensor], ranks: int) -> None:
         for storage, size in self._storages.values():
@@ -113,6 +114,13 @@ class GatheredParameter:
     def release(self) -> None:
         for storage, _ in self._storages.values():
             storage.resize_(0)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """What travels is memory: a tensor subclass is copied out of whatever holds its value."""
+    if type(tensor) is torch.Tensor:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _pre_all_gather(local: Any, arguments: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule as TorchFSDPModule
 from torch.distributed.fsdp import UnshardHandle as TorchUnshardHandle
 
-from unishard.errors import ShardingError, UnsupportedError
+from unishard.dist.streams import on_stream
+from unishard.errors import ArgumentTypeError, ShardingError, UnsupportedError
+from unishard.sharding.composable import forget_sharded, note_sharded
 from unishard.sharding.dtensor import copy_group, copy_parameter, resync, sharded_parameters
 from unishard.sharding.hooks import StateDictHooks, UnitHooks, is_inert
 from unishard.sharding.parameter import Home
@@ -127,21 +129,30 @@ class FSDPModule(TorchFSDPModule):
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
         """Accepted: reductions here always sum, and divide locally."""
 
-    def set_reduce_scatter_unused_params(self, *args: Any, **kwargs: Any) -> None:
-        """Accepted: parameters that a rank did not use always contribute zeros."""
+    def set_reduce_scatter_unused_params(
+        self, reduce_scatter_unused_params: bool, *, recurse: bool = True
+    ) -> None:
+        """Whether a parameter that no rank used gets a gradient of zeros instead of none.
+
+        What one rank did not use and another did is reduced in either case, with zeros from the first.
+        """
+        for unit in self._select(recurse):
+            for group in unit.groups:
+                for registration in sharded_parameters(group):
+                    registration.zero_if_unused = reduce_scatter_unused_params
 
     def set_all_reduce_hook(self, hook: Callable[[torch.Tensor], None], *, stream: Any = None) -> None:
-        """Run `hook` on each reduced flat gradient, in place, before it is added to the parameters' gradients."""
+        """Run `hook` on each reduced flat gradient, in place, before it is added to the parameters' gradients.
+
+        `stream` is where it runs; only without replicas, whose sums arrive where they are needed.
+        """
         if stream is not None and any(g.axes.replicate.size > 1 for g in self._unit.groups):
             raise ShardingError(
                 "set_all_reduce_hook: with replicas the hook runs where their sum arrives; leave stream=None"
             )
-        if stream is not None:
-            raise UnsupportedError(
-                "set_all_reduce_hook: a separate stream is not available; leave stream=None"
-            )
         for group in self._unit.groups:
-            group.gradients.all_reduce_hook = hook
+            device = group.buffer.device
+            group.gradients.all_reduce_hook = hook if stream is None else on_stream(hook, stream, device)
 
     def reset_iter_state(self) -> None:
         """Forget a forward or backward that an exception cut short."""
@@ -166,14 +177,28 @@ class FSDPModule(TorchFSDPModule):
     def set_custom_reduce_scatter(self, comm: Any) -> None:
         self._refuse("set_custom_reduce_scatter")
 
-    def set_reduce_scatter_max_input_buffers(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse("set_reduce_scatter_max_input_buffers")
+    def set_reduce_scatter_max_input_buffers(self, max_input_buffers: int, *, recurse: bool = True) -> None:
+        """How many groups' gradients may be on their way at once; of several modules' wishes the largest counts."""
+        if isinstance(max_input_buffers, bool) or not isinstance(max_input_buffers, int):
+            raise ArgumentTypeError(
+                f"set_reduce_scatter_max_input_buffers takes a count of at least 1, not {max_input_buffers!r}"
+            )
+        if max_input_buffers < 1:
+            raise ShardingError(
+                f"set_reduce_scatter_max_input_buffers({max_input_buffers}): reductions need at least 1 buffer"
+            )
+        for unit in self._select(recurse):
+            unit.max_reductions = max_input_buffers
 
-    def set_separate_reduce_scatter_group(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse("set_separate_reduce_scatter_group")
+    def set_separate_reduce_scatter_group(self, enable: bool = True, *, recurse: bool = True) -> None:
+        """Accepted except on NCCL: elsewhere gathers and reductions do not queue behind each other in one group."""
+        if enable and _on_nccl(self._select(recurse)):
+            self._refuse("set_separate_reduce_scatter_group")
 
     def set_allocate_memory_from_process_group_for_comm(self, enable: bool) -> None:
-        self._refuse("set_allocate_memory_from_process_group_for_comm")
+        """Accepted except on NCCL: other backends have no memory of their own to give."""
+        if enable and _on_nccl([self._unit]):
+            self._refuse("set_allocate_memory_from_process_group_for_comm")
 
     def set_symm_mem_for_comm(self, backend: Any = "NCCL") -> None:
         self._refuse("set_symm_mem_for_comm")
@@ -200,6 +225,20 @@ class FSDPModule(TorchFSDPModule):
 def _original_class(cls: type) -> type:
     """The class that `as_fsdp_class` was given: it follows ours and torch's in the method resolution order."""
     return cls.__mro__[cls.__mro__.index(TorchFSDPModule) + 1]
+
+
+def _on_nccl(units: Iterable[ShardUnit]) -> bool:
+    return any(group.axes.shard.native_device for unit in units for group in unit.groups)
+
+
+def share_comm_ctx(modules: Sequence[Any]) -> None:
+    """Let separately rooted modules (pipeline stages) share what they communicate with, as they always do here.
+
+    All collectives of a process group are queued in the order of their calls, whichever module they are for. Raises
+    `ShardingError` for a module that is not sharded.
+    """
+    for module in modules:
+        _require_unit(module)
 
 
 def _as_module(module: Any) -> nn.Module:
@@ -231,6 +270,7 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
     made: Any = original.__new__(original)  # pyright: ignore[reportCallIssue]
     memo[id(module)] = made
     made.__dict__.update({key: copy.deepcopy(value, memo) for key, value in module.__dict__.items()})
+    forget_sharded(made)
     if all(id(m) in memo for m in unit.modules):
         _copy_unit(unit, memo)
     return made
@@ -249,6 +289,7 @@ def _copy_unit(unit: ShardUnit, memo: dict[int, Any]) -> None:
     UnitHooks(made, unit.hooks.start)
     for module in modules:
         StateDictHooks(made, module)
+        note_sharded(module)
         module.__class__ = as_fsdp_class(type(module))
 
 

@@ -42,6 +42,8 @@ def fully_shard(
         mp_policy: unishard's or torch's mixed-precision policy.
         offload_policy: unishard's or torch's offload policy.
         ignored_params: parameters to leave alone.
+        dp_mesh_dims: unishard's or torch's `DataParallelMeshDims`: `mesh` is then the one mesh that all parameters are
+            DTensors on, whole along the named dims.
 
     Raises:
         ShardingError: (a ValueError) for a module sharded twice, a container without forward, a mesh that does not fit.
@@ -64,3 +66,13 @@ def fully_shard(
         ignored_params=ignored_params,
         dp_mesh_dims=dp_mesh_dims,
     )
+
+
+def _state(module: nn.Module) -> Any:
+    """The unit that `fully_shard` made of `module`, or None; `fully_shard.state(module)` as torch's function has it."""
+    from unishard.sharding.unit import unit_of
+
+    return unit_of(module)
+
+
+fully_shard.state = _state  # pyright: ignore[reportFunctionMemberAccess]

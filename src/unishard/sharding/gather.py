@@ -58,6 +58,7 @@ def gather(params: Any, modifier_rank: int | None = None, enabled: bool = True) 
         group.unshard()
     for group in groups:
         group.wait()
+        group.axes.shard.drain()
         group.held = True
     try:
         yield

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from unishard.dist.collectives import DONE, Pending
+from unishard.dist.collectives import Pending
+from unishard.dist.in_place import Sources, Target, sum_dtype
 from unishard.dist.mesh import Axes
+from unishard.errors import StateError
 from unishard.sharding.buffer import GroupBuffer
 from unishard.sharding.precision import GroupPrecision
 
@@ -15,19 +17,22 @@ from unishard.sharding.precision import GroupPrecision
 class GroupGradients:
     """Accumulates one group's gradients; reset only by `clear()`, whatever number of backwards came before.
 
-    Three resting places, each a sum over the micro-batches so far: `whole` (this rank's own, not reduced, laid out
-    for the reduce-scatter), `replica_partial` (reduced along dp_shard, not yet across replicas) and `shard` (reduced
-    over all ranks and averaged: 1-D, `layout.shard_numel` elements, `precision.grad` dtype).
+    Four resting places. `fresh`: autograd's own tensors of this backward, summed from where they are. Each of the
+    others is a sum over the micro-batches so far: `whole` (this rank's own, not reduced, laid out for the
+    reduce-scatter), `replica_partial` (reduced along dp_shard, not yet across replicas) and `shard` (reduced over all
+    ranks and averaged: 1-D, `layout.shard_numel` elements, `precision.grad` dtype).
     """
 
-    def __init__(self, buffer: GroupBuffer, axes: Axes, precision: GroupPrecision) -> None:
+    def __init__(self, buffer: GroupBuffer, axes: Axes, precision: GroupPrecision, name: str = "") -> None:
         self.buffer = buffer
         self.axes = axes
         self.precision = precision
+        self.name = name
         self.divisor: float = axes.world_size
         """What sums over ranks are divided by; `predivide` of it before the wire, the rest after."""
         self.predivide: float = 1.0
         self.all_reduce_hook: Callable[[torch.Tensor], None] | None = None
+        self.fresh: dict[int, torch.Tensor] = {}
         self.whole: torch.Tensor | None = None
         self.filled: set[int] = set()
         """Parameters that `whole` holds a gradient of, from this backward or an earlier one."""
@@ -36,30 +41,55 @@ class GroupGradients:
         self.replica_partial: torch.Tensor | None = None
         self.shard: torch.Tensor | None = None
         self.touched: set[int] = set()
-        """Parameters that received a gradient on this rank since the last `clear()`."""
+        """Parameters that received a gradient on this rank in a finished backward since the last `clear()`."""
 
-    @torch.no_grad()
-    def collect(self, index: int, grad: torch.Tensor, *, reduce_follows: bool) -> None:
-        """Take the fresh whole gradient of parameter `index`: one copy into the buffer it leaves from.
+    def collect(self, index: int, grad: torch.Tensor, reduce_follows: bool) -> None:
+        """Take the fresh whole gradient of parameter `index`, to keep or to copy into the buffer it leaves from.
 
         Without a reduction this backward, sums rest in the gradient dtype: 16-bit wires must not round running sums.
         """
+        self.arrived.add(index)
+        if self.predivide != 1.0:
+            # Before the cast to the wire dtype, which is what keeps a 16-bit wire from overflowing.
+            grad = grad / self.predivide
+        # Peers read memory, where a tensor subclass (an extension's, a collective's under way) need not have its value.
+        plain = type(grad) is torch.Tensor
+        stays = reduce_follows and self.whole is None and self.buffer.sums_single and plain
+        if stays and grad.dtype == self.precision.reduce:
+            known = self.fresh.get(index)
+            if known is None:
+                self.fresh[index] = grad.detach().contiguous()
+            else:
+                with torch.no_grad():
+                    known.add_(grad)
+            return
+        self._pack()
+        self._write(index, grad, self.precision.reduce if reduce_follows else self.precision.grad)
+
+    @torch.no_grad()
+    def _pack(self) -> None:
+        for index, grad in self.fresh.items():
+            self._write(index, grad, self.precision.reduce)
+        self.fresh.clear()
+
+    @torch.no_grad()
+    def _write(self, index: int, grad: torch.Tensor, dtype: torch.dtype) -> None:
         if self.whole is None:
-            dtype = self.precision.reduce if reduce_follows else self.precision.grad
             self.whole = self.buffer.new_reduce_buffer(dtype)
             self.filled.clear()
-        if reduce_follows and self.predivide != 1.0 and self.whole.dtype == self.precision.reduce:
-            # Scaled before the cast to the wire dtype, which is what keeps a 16-bit wire from overflowing.
-            grad = grad / self.predivide
         self.buffer.write(self.whole, index, grad, accumulate=index in self.filled)
         self.filled.add(index)
-        self.arrived.add(index)
-        self.touched.add(index)
 
     @torch.no_grad()
     def launch(self, *, across_replicas: bool) -> Reduction:
         """Reduce everything collected so far; parameters without a gradient contribute zeros."""
         whole, self.whole = self.whole, None
+        if whole is None and self.buffer.sums_single:
+            fresh, self.fresh = self.fresh, {}
+            tensors = [fresh.get(index) for index in range(len(self.buffer.layout.shapes))]
+            return Reduction(
+                self, Sources(tensors, packed=False, dtype=self.precision.reduce), across_replicas
+            )
         if whole is None:
             whole = self.buffer.new_reduce_buffer(self.precision.reduce)
             self.filled.clear()
@@ -67,47 +97,113 @@ class GroupGradients:
             if index not in self.filled:
                 self.buffer.write(whole, index, None, accumulate=False)
         self.filled.clear()
-        if whole.dtype != self.precision.reduce:
-            whole = (whole / self.predivide).to(self.precision.reduce)
-        return Reduction(self, whole, across_replicas)
+        whole = whole.to(self.precision.reduce)
+        return Reduction(self, Sources([whole], packed=True, dtype=whole.dtype), across_replicas)
+
+    @property
+    def scale(self) -> float:
+        """What turns a sum over ranks into the mean."""
+        return self.predivide / self.divisor
+
+    @property
+    def takes_sums(self) -> bool:
+        """Whether `shard` can be what a reduction sums into."""
+        return self.all_reduce_hook is None and self.precision.grad == sum_dtype(self.precision.reduce)
+
+    def target(self) -> Target:
+        """`shard`, as the place for one more sum over all ranks."""
+        if self.shard is not None:
+            return Target(self.shard, accumulate=True, scale=self.scale)
+        self.shard = self.buffer.new_shard(self.precision.grad)
+        return Target(self.shard, accumulate=False, scale=self.scale)
 
     @torch.no_grad()
-    def receive(self, total: torch.Tensor, complete: bool) -> None:
-        """Add a reduced sum: over all ranks if `complete`, else over the dp_shard axis only."""
-        if not complete:
-            self.replica_partial = total if self.replica_partial is None else self.replica_partial.add_(total)
-            return
-        scale = self.predivide / self.divisor
+    def receive(self, total: torch.Tensor, scale: float) -> None:
+        """Add `scale` times a sum over all ranks."""
         if scale != 1.0:
             total = total.mul_(scale)
         if self.all_reduce_hook is not None:
             self.all_reduce_hook(total)
         total = total.to(self.precision.grad)
-        self.shard = total if self.shard is None else self.shard.add_(total)
+        if self.shard is None:
+            self.shard = total
+            return
+        # An all-reduced sum that peers may still be reading.
+        self.axes.replicate.drain()
+        self.shard.add_(total)
+
+    def receive_partial(self, total: torch.Tensor) -> None:
+        """Add a sum over the dp_shard axis only."""
+        self.replica_partial = total if self.replica_partial is None else self.replica_partial.add_(total)
+
+    def end_backward(self) -> None:
+        """Everything that this backward brings has arrived."""
+        self.touched |= self.arrived
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients of this rank wait to be reduced."""
+        return self.whole is not None or bool(self.fresh)
 
     @property
     def unreduced(self) -> bool:
         """Whether sums wait here that other ranks have not seen."""
-        return self.whole is not None or self.replica_partial is not None
+        return self.pending or self.replica_partial is not None
+
+    def forget_fresh(self) -> None:
+        """Drop what a failed backward left."""
+        self.whole = None
+        self.fresh.clear()
+        self.filled.clear()
 
     def clear(self) -> None:
-        self.whole = self.replica_partial = self.shard = None
-        self.filled.clear()
+        self.forget_fresh()
+        self.replica_partial = self.shard = None
         self.touched.clear()
 
 
 class Reduction:
     """One group's gradients on their way: along dp_shard, then across replicas."""
 
-    def __init__(self, gradients: GroupGradients, whole: torch.Tensor, across_replicas: bool) -> None:
+    def __init__(self, gradients: GroupGradients, sources: Sources, across_replicas: bool) -> None:
         self._gradients = gradients
-        self._across = across_replicas and gradients.axes.replicate.size > 1
-        self._needs_replicas = gradients.axes.replicate.size > 1
+        replicas = gradients.axes.replicate.size > 1
+        self._across = across_replicas and replicas
+        self._needs_replicas = replicas
         self._total = torch.empty(0)
+        self._taken = False
+        """Whether the sum went straight into the group's shard."""
         self._done = False
-        self._pending: Pending = gradients.axes.shard.reduce_scatter(whole, self._take)
+        self._pending: Pending = self._start(sources)
         if gradients.axes.shard.size == 1:
             self.advance()
+
+    def _start(self, sources: Sources) -> Pending:
+        gradients, comm = self._gradients, self._gradients.axes.shard
+        if comm.size == 1 or comm.window is None:
+            [whole] = sources.tensors
+            if whole is None:
+                raise StateError(
+                    f"{gradients.name}: a reduction without a buffer needs peers whose memory can be read"
+                )
+            return comm.reduce_scatter(whole, self._take, label=gradients.name)
+        return comm.reduce_in_place(
+            sources,
+            gradients.buffer.reduce_plan(sources.dtype),
+            self._target,
+            lambda: None,
+            op="reduce_scatter",
+            label=gradients.name,
+            sent=gradients.buffer.layout.shard_numel * sources.dtype.itemsize,
+        )
+
+    def _target(self) -> Target:
+        gradients = self._gradients
+        if not self._needs_replicas and gradients.takes_sums:
+            self._taken = True
+            return gradients.target()
+        self._total = gradients.buffer.new_shard(sum_dtype(gradients.precision.reduce))
+        return Target(self._total, accumulate=False, scale=1.0)
 
     def _take(self, total: torch.Tensor) -> None:
         self._total = total
@@ -125,15 +221,22 @@ class Reduction:
         if self._done:
             return True
         self._pending.wait()
-        self._pending = DONE
         if self._across:
             self._across = False
             self._start_across()
             return False
         self._done = True
+        if self._taken:
+            return True
         # fp32 from here on: the wire dtype was for the wire.
         total = self._total if self._total.element_size() >= 4 else self._total.float()
-        self._gradients.receive(total, complete=not self._needs_replicas)
+        if self._needs_replicas:
+            self._gradients.receive_partial(total)
+        else:
+            # Sums across replicas have arrived scaled.
+            self._gradients.receive(
+                total, 1.0 if self._gradients.axes.replicate.size > 1 else self._gradients.scale
+            )
         return True
 
     def _start_across(self) -> None:
@@ -142,9 +245,14 @@ class Reduction:
             self._total = self._total.add_(gradients.replica_partial)
             gradients.replica_partial = None
         self._total = self._total.to(gradients.precision.reduce)
-        self._pending = gradients.axes.replicate.all_reduce(self._total)
+        comm = gradients.axes.replicate
+        self._pending = comm.all_reduce(self._total, label=gradients.name, scale=gradients.scale)
         self._needs_replicas = False
 
     def finish(self) -> None:
         while not self.advance():
             pass
+
+    def release(self) -> None:
+        """Return once peers no longer read what this rank contributed."""
+        self._pending.release()

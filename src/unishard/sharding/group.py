@@ -40,7 +40,7 @@ class ShardGroup:
         """What `precision` was resolved from; resolved again when users change the parameters' dtype."""
         self.buffer = buffer
         self.registrations = list(registrations)
-        self.gradients = GroupGradients(buffer, axes, precision)
+        self.gradients = GroupGradients(buffer, axes, precision, name)
         self.resident = sharding.parameter is Placement.REPLICATE
         self._pending: Pending | None = None
         self._gathered = False
@@ -79,11 +79,9 @@ class ShardGroup:
         return self._version() != self._gathered_version
 
     def _version(self) -> int:
-        # Views of the shard share its counter. What is written through a DTensor counts on the DTensor only: its
-        # operators run below the layer that counts for the tensor inside.
-        return self.buffer.shard._version + sum(
-            r.visible._version for r in self.registrations if not r.in_place
-        )
+        # Views of the shard share its counter. What is written through a DTensor counts on the DTensor only (its
+        # operators run below the layer that counts for the tensor inside), and its local tensor counts for itself.
+        return self.buffer.shard._version + sum(r.writes for r in self.registrations if not r.in_place)
 
     @property
     def is_whole(self) -> bool:
@@ -104,10 +102,10 @@ class ShardGroup:
             self.buffer.allocate()
             with torch.no_grad():
                 self.buffer.full.chunk(comm.size)[comm.rank].copy_(piece)
-            self._pending = comm.all_gather(self.buffer.full)
+            self._pending = comm.all_gather(self.buffer.full, label=self.name, source=piece)
             self._secondary = None
         else:
-            self._pending = self.buffer.gather()
+            self._pending = self.buffer.gather(self.name)
 
     def wait(self) -> None:
         """Finish the gather and show the whole parameters in their modules."""

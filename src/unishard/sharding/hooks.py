@@ -51,16 +51,23 @@ class UnitHooks:
                 self.handles.append(whole.register_post_accumulate_grad_hook(hook))
 
     def on_gradient(self, group: ShardGroup, index: int) -> None:
-        unit, schedule = self.unit, self.schedule
-        schedule.begin_backward()
+        """The hottest function of a step: once for each parameter."""
+        unit = self.unit
+        schedule = unit.schedule or self.start(unit)
+        if not schedule.backward_active:
+            schedule.begin_backward()
         grad = group.registrations[index].take_grad()
         if grad is None:
             return
-        group.gradients.collect(index, grad, reduce_follows=unit.reduce_gradients)
-        if not group.complete:
-            return
+        gradients = group.gradients
+        gradients.collect(index, grad, unit.reduce_gradients)
+        if len(gradients.arrived) >= len(group.trainable):
+            self._on_complete(group)
+
+    def _on_complete(self, group: ShardGroup) -> None:
+        unit = self.unit
         if unit.reduce_gradients:
-            schedule.queue.ready(group)
+            self.schedule.queue.ready(group)
         if unit.reshard_after_backward and not unit.has_frozen:
             # Every use of every parameter has been differentiated: autograd accumulates a gradient only then.
             group.reshard()

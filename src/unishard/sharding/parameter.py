@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +125,11 @@ class Registration(ABC):
         """The parameter that users see at rest; its `requires_grad` is theirs to flip."""
 
     @property
+    def writes(self) -> int:
+        """Grows with every write to the visible parameter."""
+        return self.visible._version
+
+    @property
     @abstractmethod
     def whole(self) -> nn.Parameter:
         """The parameter that takes part in compute."""
@@ -170,6 +175,12 @@ class InPlaceParameter(Registration):
     def whole(self) -> nn.Parameter:
         return self._param
 
+    def take_grad(self) -> torch.Tensor | None:
+        param = self._param
+        grad = param.grad
+        param.grad = None
+        return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
+
     def to_whole(self) -> None:
         self._param.data = self._view
 
@@ -185,6 +196,8 @@ class TensorParallel:
     placements: tuple[Placement, ...]
     shape: torch.Size
     stride: tuple[int, ...]
+    data_parallel: frozenset[int] = frozenset()
+    """Dims of `mesh` that our own reduction covers: a gradient may arrive partial along them."""
 
 
 def tensor_parallel_of(param: torch.Tensor) -> TensorParallel | None:
@@ -221,6 +234,11 @@ class SwappedParameter(Registration):
         whole = nn.Parameter(view, requires_grad=original.requires_grad)
         _copy_attributes(original, whole)
         return whole
+
+    def reduce_along(self, dims: frozenset[int]) -> None:
+        """Let gradients arrive partial along these dims of the tensor-parallel mesh."""
+        if self.tensor_parallel is not None:
+            self.tensor_parallel = replace(self.tensor_parallel, data_parallel=dims)
 
     @property
     def resting(self) -> nn.Parameter:
@@ -267,8 +285,14 @@ class SwappedParameter(Registration):
     def localize(self, grad: torch.Tensor) -> torch.Tensor:
         if self.tensor_parallel is not None and is_dtensor(grad):
             dtensor: DTensor = grad  # pyright: ignore[reportAssignmentType]
-            if tuple(dtensor.placements) != self.tensor_parallel.placements:
-                dtensor = dtensor.redistribute(placements=self.tensor_parallel.placements)
+            wanted = tuple(
+                arrived if dim in self.tensor_parallel.data_parallel else own
+                for dim, (arrived, own) in enumerate(
+                    zip(dtensor.placements, self.tensor_parallel.placements, strict=True)
+                )
+            )
+            if tuple(dtensor.placements) != wanted:
+                dtensor = dtensor.redistribute(placements=wanted)
             return dtensor.to_local()
         return super().localize(grad)
 

@@ -40,6 +40,53 @@ class CPUOffloadPolicy(OffloadPolicy):
     pin_memory: bool = True
 
 
+@dataclass(frozen=True)
+class DataParallelMeshDims:
+    """Which dims of one mesh for everything are data-parallel, as `torch.distributed.fsdp.DataParallelMeshDims`.
+
+    Each is a dim name or several names, which are then flattened into one: states are sharded along `shard` and
+    copied along `replicate`.
+
+    >>> DataParallelMeshDims(shard=("dp_shard", "cp")).shard_names
+    ('dp_shard', 'cp')
+    """
+
+    shard: str | tuple[str, ...] | None = None
+    replicate: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard is None and self.replicate is None:
+            raise ShardingError(
+                "At least one of shard or replicate must name a mesh dim, for example "
+                'DataParallelMeshDims(shard="dp_shard")'
+            )
+
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        return _names(self.shard)
+
+    @property
+    def replicate_names(self) -> tuple[str, ...]:
+        return _names(self.replicate)
+
+
+def _names(dims: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if dims is None:
+        return ()
+    return (dims,) if isinstance(dims, str) else tuple(dims)
+
+
+def as_mesh_dims(dims: Any) -> DataParallelMeshDims:
+    """Read unishard's or torch's object. Raises `ShardingError` for anything else."""
+    try:
+        return DataParallelMeshDims(shard=dims.shard, replicate=dims.replicate)
+    except AttributeError:
+        raise ShardingError(
+            f"dp_mesh_dims={dims!r} does not name mesh dims; pass unishard.DataParallelMeshDims(shard=...) with one or "
+            "more names of mesh_dim_names"
+        ) from None
+
+
 def as_mixed_precision(policy: Any) -> MixedPrecision:
     """Read unishard's or torch's policy object. Raises `ShardingError` for anything else."""
     if isinstance(policy, MixedPrecision):

@@ -18,8 +18,6 @@ from unishard.sharding.gradient import Reduction
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.unit import Phase, ShardUnit
 
-# Two reductions overlap with backward; a third would hold a third group's buffers for nothing.
-MAX_REDUCTIONS_IN_FLIGHT = 2
 # Forwards recorded without any backward in between (an evaluation with gradients on) are forgotten past this.
 _MAX_RECORDED_FORWARDS = 8
 
@@ -34,12 +32,16 @@ class ReductionQueue:
 
     def __init__(self, sequence: Sequence[ShardGroup]) -> None:
         self.sequence = list(sequence)
+        self.limit: int | None = None
+        """Most reductions in flight, where users set it."""
         self.completed: list[ShardGroup] = []
         """Order in which groups became ready in this backward."""
         self._across: dict[ShardGroup, bool] = {}
         self._position = 0
         self._ready: set[ShardGroup] = set()
         self._in_flight: deque[Reduction] = deque()
+        self._lagging: Reduction | None = None
+        """Finished here; peers may still be reading this rank's part of it."""
 
     def restart(self, groups: Sequence[tuple[ShardGroup, bool]]) -> None:
         """Begin a backward in which exactly `groups` are reduced, each with whether to go across replicas."""
@@ -68,13 +70,21 @@ class ReductionQueue:
         return bool(self._across)
 
     def _launch(self, group: ShardGroup) -> None:
-        while len(self._in_flight) >= MAX_REDUCTIONS_IN_FLIGHT:
-            self._in_flight.popleft().finish()
+        while len(self._in_flight) >= (self.limit or group.axes.shard.in_flight):
+            self._finish_oldest()
         # The second phase of an older reduction starts in the same place on every rank, so that it pairs up.
         for reduction in self._in_flight:
             if reduction.has_next_phase:
                 reduction.advance()
         self._in_flight.append(group.reduce(across_replicas=self._across[group]))
+
+    def _finish_oldest(self) -> None:
+        oldest = self._in_flight.popleft()
+        oldest.finish()
+        if self._lagging is not None:
+            # At most one group's gradients are kept for slower ranks.
+            self._lagging.release()
+        self._lagging = oldest
 
     def flush(self) -> None:
         """Launch every group of this backward that is still waiting, then finish all."""
@@ -84,15 +94,17 @@ class ReductionQueue:
         self._position = len(self.sequence)
         for group in self.sequence:
             # Nested backwards (reentrant checkpointing) may deliver to a group that has already left.
-            if group in self._across and group.gradients.whole is not None:
+            if group in self._across and group.gradients.pending:
                 self._launch(group)
         while self._in_flight:
-            self._in_flight.popleft().finish()
+            self._finish_oldest()
+        self._lagging = None
 
     def abandon(self) -> None:
         """Drop what a failed backward left; its collectives are still waited for."""
         while self._in_flight:
-            self._in_flight.popleft().finish()
+            self._finish_oldest()
+        self._lagging = None
         self._across.clear()
         self._ready.clear()
 
@@ -177,6 +189,7 @@ class Schedule:
         if not self.training:
             for other in self.units:
                 other.reshard()
+            self.drain()
         elif unit is self.root:
             ran = set(self._current)
             for other in self.units:
@@ -186,6 +199,12 @@ class Schedule:
                     other.reshard()
         if unit is self.root:
             self._expected = self._current
+
+    def drain(self) -> None:
+        """Return once no rank reads this one's parameters or gradients any more: now they may change."""
+        for axes in self.axes:
+            axes.shard.drain()
+            axes.replicate.drain()
 
     # backward ----------------------------------------------------------------------------------------------
 
@@ -197,6 +216,7 @@ class Schedule:
         for group in self.groups:
             group.gradients.arrived.clear()
         torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self.queue.limit = max((u.max_reductions for u in self.units if u.max_reductions), default=None)
         self.queue.restart(
             [
                 (group, unit.reduce_across_replicas)
@@ -224,6 +244,9 @@ class Schedule:
     def end_backward(self) -> None:
         """Reduce what is left, hand out gradients, release parameters."""
         self.queue.flush()
+        for group in self.groups:
+            group.gradients.end_backward()
+        self.drain()
         self._agree_on_order()
         self.backward_active = False
         self._end_forward()
@@ -275,8 +298,7 @@ class Schedule:
             unit.phase = Phase.RESTING
             unit.open_calls = 0
             for group in unit.groups:
-                group.gradients.whole = None
-                group.gradients.filled.clear()
+                group.gradients.forget_fresh()
 
 
 def _find(sequence: Sequence[ShardUnit], unit: ShardUnit, start: int) -> int | None:

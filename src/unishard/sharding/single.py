@@ -31,7 +31,7 @@ class SingleShard:
         full = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
         length = self.layout.shard_numel
         full[self.axes.shard.rank * length : (self.axes.shard.rank + 1) * length].copy_(self._shard)
-        self.axes.shard.all_gather(full, "init").wait()
+        self.axes.shard.all_gather(full, "init", source=self._shard).wait()
         start = self.layout.offsets[0] if self.layout.numel else 0
         return full[start : start + prod(self.shape)].view(self.shape)
 

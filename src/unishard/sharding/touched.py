@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -10,20 +12,28 @@ from unishard.dist.mesh import Axes
 from unishard.sharding.group import ShardGroup
 
 
-def agree_on_touched(groups: Sequence[ShardGroup], axes: Axes) -> list[set[int]]:
+def agree_on_touched(groups: Sequence[ShardGroup], axes: Axes) -> list[Set[int]]:
     """For each group, the indices of parameters used on any rank of `axes`. One all-reduce of a byte a parameter."""
     counts = [len(group.registrations) for group in groups]
-    flags = torch.zeros(sum(counts), dtype=torch.uint8)
+    flags = torch.zeros(sum(counts), dtype=torch.uint8, device="cpu")
     start = 0
     for group, count in zip(groups, counts, strict=True):
-        for index in group.gradients.touched:
-            flags[start + index] = 1
+        touched = group.gradients.touched
+        if len(touched) == count:
+            flags[start : start + count] = 1
+        else:
+            flags[[start + index for index in touched]] = 1
         start += count
     if groups and axes.world_size > 1:
         flags = axes.all_reduce_control(flags.to(groups[0].buffer.device), "max").cpu()
+    if bool(flags.all()):
+        return [range_set(count) for count in counts]
     used = flags.tolist()
-    touched, start = [], 0
-    for count in counts:
-        touched.append({i for i in range(count) if used[start + i]})
-        start += count
-    return touched
+    starts = [0, *accumulate(counts)]
+    return [{i for i in range(n) if used[s + i]} for n, s in zip(counts, starts, strict=False)]
+
+
+@lru_cache(maxsize=1024)
+def range_set(count: int) -> frozenset[int]:
+    """Every parameter of a group of `count`."""
+    return frozenset(range(count))

@@ -57,6 +57,8 @@ class ShardUnit:
         self.forward_prefetch: list[ShardUnit] | None = None
         self.backward_prefetch: list[ShardUnit] | None = None
         self.unshard_in_backward = True
+        self.max_reductions: int | None = None
+        """How many reductions of the whole model may be under way, if users set it; the largest of all units counts."""
         self.tied_elsewhere: list[tuple[str, str]] = []
         """Parameters that another unit had sharded before, with their names there; refused at the first forward."""
         self.hooks: UnitHooks
@@ -87,6 +89,7 @@ class ShardUnit:
             "reduce_gradients",
             "reduce_across_replicas",
             "unshard_in_backward",
+            "max_reductions",
         ):
             setattr(self, name, getattr(other, name))
 

@@ -151,6 +151,9 @@ class _Session:
         import torch.distributed as dist
 
         self._store = None
+        window = sys.modules.get("unishard.dist.memory_window")
+        if window is not None:
+            window.leave_all()
         if dist.is_initialized():
             dist.destroy_process_group()
 

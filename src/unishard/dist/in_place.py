@@ -1,0 +1,346 @@
+"""Collectives that read peers' memory in place: what each rank copies, and the reads and sums that do it.
+
+A *span* is a contiguous run of elements that two ranks hold in different places. Plans are made once for a buffer and
+hold offsets only, since buffers move when they are released and gathered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from unishard.dist.memory_window import MAX_VECTORS, MemoryWindow, copy_from
+
+# Measured: single reads of 1 to 4 MB are the fastest, longer ones a third slower.
+_READ_BYTES = 1 << 21
+# A chunk that is read and then summed should still be in the second-level cache.
+_SUM_BYTES = 1 << 18
+
+
+class Span(NamedTuple):
+    """`numel` elements at `source` of published tensor `index`, which belong at `target` here. Counts are elements."""
+
+    index: int
+    source: int
+    target: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Spans copied by one system call: column arrays of equal length. `start` and `numel` bound their targets."""
+
+    index: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    sizes: np.ndarray
+    start: int
+    numel: int
+    bytes: int
+    """The sum of `sizes`."""
+
+
+def _split(spans: Iterable[Span], limit: int) -> Iterable[Span]:
+    for index, source, target, numel in spans:
+        for offset in range(0, numel, limit):
+            yield Span(index, source + offset, target + offset, min(limit, numel - offset))
+
+
+def plan_batches(spans: Iterable[Span], itemsize: int, limit_bytes: int) -> list[Batch]:
+    """Group `spans`, in order of target, into batches of at most `limit_bytes`; longer spans are split.
+
+    >>> [batch.numel for batch in plan_batches([Span(0, 0, 0, 5), Span(1, 0, 5, 2)], itemsize=4, limit_bytes=16)]
+    [4, 3]
+    """
+    batches: list[Batch] = []
+    members: list[Span] = []
+
+    def close() -> None:
+        if members:
+            start, stop = members[0].target, members[-1].target + members[-1].numel
+            index, source, target, numel = np.array(members, np.uint64).reshape(-1, 4).T.copy()
+            size = np.uint64(itemsize)
+            batch = Batch(index.astype(np.intp), source * size, target * size, numel * size, start, stop - start, int(numel.sum()) * itemsize)
+            batches.append(batch)
+            members.clear()
+
+    limit = max(limit_bytes // itemsize, 1)
+    for span in _split(sorted(spans, key=lambda s: s.target), limit):
+        if members and (span.target + span.numel - members[0].target > limit or len(members) == MAX_VECTORS):
+            close()
+        members.append(span)
+    close()
+    return batches
+
+
+def _read(pid: int, batch: Batch, bases: np.ndarray, local: int) -> None:
+    """Copy a batch to `local`, the address of target 0. Nothing is read of spans whose base is 0."""
+    theirs = bases[batch.index]
+    vectors = np.empty((2, len(theirs), 2), np.uint64)
+    np.add(batch.target, np.uint64(local), out=vectors[0, :, 0])
+    np.add(batch.source, theirs, out=vectors[1, :, 0])
+    vectors[:, :, 1] = batch.sizes
+    size = batch.bytes
+    if not theirs.all():
+        kept = theirs != 0
+        vectors = np.ascontiguousarray(vectors[:, kept])
+        size = int(batch.sizes[kept].sum())
+    copy_from(pid, vectors[0], vectors[1], size)
+
+
+@lru_cache(maxsize=4096)
+def encode_label(op: str, label: str) -> bytes:
+    """What an operation is called in the page that ranks share."""
+    return f"{op} {label}".encode()[:112]
+
+
+GatherPlan = Sequence[Sequence[Batch]]
+"""For each rank, how its published shard comes into the gathered memory here; this rank's own entry is not read."""
+
+
+def plan_gather(spans: Sequence[Sequence[Span]], itemsize: int) -> GatherPlan:
+    """One list of spans for each rank: from its shard (index 0) to the gathered memory."""
+    return [plan_batches(each, itemsize, _READ_BYTES) for each in spans]
+
+
+class InPlaceGather:
+    """Peers' shards on their way into `full`; this rank's own part is there already."""
+
+    def __init__(
+        self, window: MemoryWindow, source: torch.Tensor, full: torch.Tensor, plan: GatherPlan, label: bytes
+    ) -> None:
+        self._window: MemoryWindow | None = window
+        self._owner = window
+        self._full, self._plan, self._label = full, plan, label
+        self._ticket = window.publish([source], label)
+
+    def wait(self) -> None:
+        window, self._window = self._window, None
+        if window is None:
+            return
+        local = self._full.data_ptr()
+        for step in range(1, window.size):
+            peer = (window.rank + step) % window.size
+            bases = window.addresses(peer, self._ticket, self._label)
+            for batch in self._plan[peer]:
+                _read(window.pids[peer], batch, bases, local)
+        window.finish(self._ticket)
+
+    def release(self) -> None:
+        """Return once peers have read this rank's shard."""
+        self._owner.await_readers(self._ticket)
+
+
+class Target(NamedTuple):
+    """Where a sum goes: `out` (1-D), whether to add to what it holds, and what to multiply the sum by."""
+
+    out: torch.Tensor
+    accumulate: bool
+    scale: float
+
+
+class Chunk(NamedTuple):
+    """One piece of a sum: where it comes from in tensors published one by one, and in one packed tensor."""
+
+    start: int
+    numel: int
+    single: Batch | None
+    packed: Batch
+
+
+ReducePlan = Sequence[Chunk]
+
+
+def plan_packed_reduce(start: int, numel: int, itemsize: int) -> ReducePlan:
+    """For sums of [start, start + numel) of one packed tensor."""
+    batches = plan_batches([Span(0, start, 0, numel)], itemsize, _SUM_BYTES)
+    return [Chunk(batch.start, batch.numel, None, batch) for batch in batches]
+
+
+def plan_reduce(spans: Sequence[Span], packed_start: int, itemsize: int) -> ReducePlan:
+    """For sums of `spans`; the packed tensor holds the same elements from `packed_start` on, in order of target."""
+    chunks = []
+    for batch in plan_batches(spans, itemsize, _SUM_BYTES):
+        whole = Span(0, packed_start + batch.start, batch.start, batch.numel)
+        [packed] = plan_batches([whole], itemsize, _SUM_BYTES)
+        chunks.append(Chunk(batch.start, batch.numel, batch, packed))
+    return chunks
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of `dtype` are kept in: fp32 for 16 bits."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+class Sources(NamedTuple):
+    """What one rank publishes for a sum: one packed tensor, or one for each parameter (`None`: zeros)."""
+
+    tensors: Sequence[torch.Tensor | None]
+    packed: bool
+    dtype: torch.dtype
+
+
+class InPlaceReduce:
+    """The sum over ranks of one shard's worth of what each rank published, in rank order and in fp32.
+
+    Addition in a fixed order makes every layout of ranks round alike. Ranks may differ in whether they publish packed.
+    `target` is asked for at the end, when it is known whether an earlier sum is there to add to.
+    """
+
+    def __init__(
+        self,
+        window: MemoryWindow,
+        sources: Sources,
+        plan: ReducePlan,
+        target: Callable[[], Target],
+        finish: Callable[[], None],
+        label: bytes,
+    ) -> None:
+        self._window: MemoryWindow | None = window
+        self._owner = window
+        self._own = sources.tensors
+        self._packed, self._dtype = sources.packed, sources.dtype
+        self._plan, self._target, self._finish, self._label = plan, target, finish, label
+        self._aliased = False
+        """Whether the sum goes where this rank's own part lies."""
+        # A leading nothing tells tensors published one by one from a packed one.
+        self._ticket = window.publish(self._own if sources.packed else [None, *self._own], label)
+
+    def wait(self) -> None:
+        window, self._window = self._window, None
+        if window is None:
+            return
+        everyone = [window.addresses(rank, self._ticket, self._label) for rank in range(window.size)]
+        target = self._target()
+        if self._packed and self._own[0] is not None:
+            storage = self._own[0].untyped_storage().data_ptr()
+            self._aliased = target.out.untyped_storage().data_ptr() == storage
+        largest = max((chunk.numel for chunk in self._plan), default=0)
+        raw = torch.empty(largest, dtype=self._dtype, device="cpu")
+        total = torch.empty(largest, dtype=sum_dtype(target.out.dtype), device="cpu")
+        with torch.no_grad():
+            for chunk in self._plan:
+                self._sum(window, chunk, everyone, target, raw, total)
+        window.finish(self._ticket)
+        self._own = []
+        self._finish()
+
+    def release(self) -> None:
+        """Return once peers have read this rank's part."""
+        self._owner.await_readers(self._ticket)
+
+    def _sum(
+        self,
+        window: MemoryWindow,
+        chunk: Chunk,
+        everyone: Sequence[np.ndarray],
+        target: Target,
+        raw: torch.Tensor,
+        total: torch.Tensor,
+    ) -> None:
+        out = target.out[chunk.start : chunk.start + chunk.numel]
+        direct = not (target.accumulate or self._aliased)
+        total = out if direct else total[: chunk.numel]
+        for rank in range(window.size):
+            part = self._part(window, chunk, rank, everyone[rank], raw)
+            _ = total.copy_(part) if rank == 0 else total.add_(part)
+        if target.accumulate:
+            out.add_(total, alpha=target.scale)
+        elif self._aliased:
+            torch.mul(total, target.scale, out=out)
+        elif target.scale != 1.0:
+            out.mul_(target.scale)
+
+    def _part(
+        self, window: MemoryWindow, chunk: Chunk, rank: int, bases: np.ndarray, raw: torch.Tensor
+    ) -> torch.Tensor:
+        """What `rank` adds to a chunk: a view of this rank's own tensor, or a copy in `raw`."""
+        if len(bases) == 1 or chunk.single is None:
+            batch = chunk.packed
+        else:
+            batch, bases = chunk.single, bases[1:]
+        if rank == window.rank and len(batch.index) == 1:
+            source = self._own[int(batch.index[0])]
+            if source is not None:
+                start = int(batch.source[0]) // source.element_size()
+                return source.view(-1)[start : start + batch.numel]
+        part = raw[: batch.numel]
+        covered = batch.bytes == batch.numel * part.element_size()
+        if not (covered and bases[batch.index].all()):
+            part.zero_()
+        _read(window.pids[rank], batch, bases, part.data_ptr() - batch.start * part.element_size())
+        return part
+
+
+class InPlaceAllReduce:
+    """A sum in place, in two phases: each rank sums its slice, then reads the other slices' sums."""
+
+    def __init__(
+        self,
+        window: MemoryWindow,
+        flat: torch.Tensor,
+        plans: tuple[ReducePlan, GatherPlan],
+        scale: float,
+        label: bytes,
+    ) -> None:
+        reduce_plan, gather_plan = plans
+        own = flat[slice(*slice_bounds(flat.numel(), window.size, window.rank))]
+        self._gather: InPlaceGather | None = None
+        self._second: InPlaceGather | None = None
+
+        def publish_sum() -> None:
+            self._gather = InPlaceGather(window, own, flat, gather_plan, label)
+
+        target = Target(own, accumulate=False, scale=scale)
+        sources = Sources([flat], packed=True, dtype=flat.dtype)
+        self._reduce = InPlaceReduce(window, sources, reduce_plan, lambda: target, publish_sum, label)
+
+    def wait(self) -> None:
+        self._reduce.wait()
+        gather, self._gather = self._gather, None
+        self._second = gather
+        if gather is not None:
+            gather.wait()
+
+    def release(self) -> None:
+        """Return once peers have read this rank's sum."""
+        if self._second is not None:
+            self._second.release()
+
+
+def slice_bounds(numel: int, size: int, rank: int) -> tuple[int, int]:
+    """Start and stop of `rank`'s slice when `numel` elements are cut into `size` slices, the last ones shorter.
+
+    >>> [slice_bounds(5, 3, rank) for rank in range(3)]
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    length = -(-numel // size)
+    return min(rank * length, numel), min((rank + 1) * length, numel)
+
+
+@lru_cache(maxsize=1024)
+def plan_flat(numel: int, size: int, rank: int, itemsize: int) -> tuple[ReducePlan, GatherPlan]:
+    """Plans for one flat tensor of `numel` elements cut into slices: to sum the own one, to read the others."""
+    bounds = [slice_bounds(numel, size, each) for each in range(size)]
+    start, stop = bounds[rank]
+    reduce = plan_packed_reduce(start, stop - start, itemsize)
+    return reduce, plan_gather([[Span(0, 0, first, last - first)] for first, last in bounds], itemsize)
+
+
+def reduce_small(window: MemoryWindow, tensor: torch.Tensor, reduce: str, label: bytes) -> None:
+    """Reduce a small tensor over ranks in place, `reduce` in {"sum", "max", "min"}; blocks. May be written at once."""
+    numel, size = tensor.numel(), tensor.numel() * tensor.element_size()
+    ticket = window.publish([tensor.detach().clone()], label)
+    parts = torch.empty(window.size, numel, dtype=tensor.dtype, device="cpu")
+    for rank in range(window.size):
+        [base] = window.addresses(rank, ticket, label)
+        local, remote = np.array([[[parts[rank].data_ptr(), size]], [[base, size]]], np.uint64)
+        copy_from(window.pids[rank], local, remote, size)
+    window.finish(ticket)
+    reducers = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+    tensor.view(-1).copy_(reducers[reduce](parts, dim=0))
