@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine with Python and a C++ compiler: `make train` and `make test`.
-# The first run creates .venv and installs; later runs reuse it until pyproject.toml or constraints.txt change.
+# The first run creates .venv, compiles the CPU kernels and installs; later runs reuse it until what it was made from
+# changes. Without a C++ compiler everything still works, on PyTorch's own operations.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ help: ## show this list
 install: $(INSTALLED) ## create .venv and install unishard with everything development needs
 	@echo "==> $(VENV) is up to date"
 
-$(INSTALLED): pyproject.toml constraints.txt scripts/install.sh
+$(INSTALLED): pyproject.toml constraints.txt scripts/install.sh $(wildcard csrc/*)
 	@scripts/install.sh $(PYTHON) $(VENV)
 	@touch $@
 

@@ -29,4 +29,7 @@ echo "==> installing $torch"
 "${pip[@]}" "$torch"
 echo "==> installing unishard and what its development needs"
 "${pip[@]}" --editable '.[dev,hf,examples]'
-echo "==> installed: $("$venv/bin/python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)')"
+echo "==> installed: $("$venv/bin/python" -c '
+import importlib.util, sys, torch
+kernels = "compiled CPU kernels" if importlib.util.find_spec("unishard._native") else "no compiled kernels (they need a C++17 compiler)"
+print("Python", sys.version.split()[0], "torch", torch.__version__, "with", kernels)')"

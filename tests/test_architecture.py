@@ -105,7 +105,9 @@ def test_public_names_are_listed_by_dir():
     assert set(lazy_public_names()) <= set(dir(unishard))
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/kernels.md"]
+)
 def test_relative_links_in_the_documents_resolve(name):
     import re
 

@@ -20,6 +20,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Lets the table choose anew, in the test and after it."""
+    # The import linter, which another test runs, disables every logger that exists.
+    monkeypatch.setattr(table._log, "disabled", False)
     table._module.cache_clear()
     yield monkeypatch
     monkeypatch.undo()

@@ -16,7 +16,7 @@ def main() -> None:
     """Print one row for each operation."""
     parser = argparse.ArgumentParser(prog="python -m unishard.kernels", description=__doc__)
     parser.add_argument(
-        "--numel", type=int, default=1 << 23, help="elements of each tensor (default: 8 million)"
+        "--numel", type=int, default=1 << 22, help="elements of each tensor (default: 4 million)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +47,8 @@ def report(rows: list[Measured], device: torch.device, numel: int) -> Table:
 
 def how(device: torch.device) -> str:
     """Instruction set and threads, or why there is neither."""
-    threads = f"{torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     if active(device.type) == "native":
         from unishard.kernels.native import instruction_set, thread_team
 
