@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from unishard.kernels import sum_pieces
 from unishard.dist.memory_window import MAX_VECTORS, MemoryWindow, copy_from
 
 # Measured: single reads of 1 to 4 MB are the fastest, longer ones a third slower.
@@ -206,8 +207,6 @@ class InPlaceReduce:
         self._own = sources.tensors
         self._packed, self._dtype = sources.packed, sources.dtype
         self._plan, self._target, self._finish, self._label = plan, target, finish, label
-        self._aliased = False
-        """Whether the sum goes where this rank's own part lies."""
         # A leading nothing tells tensors published one by one from a packed one.
         self._ticket = window.publish(self._own if sources.packed else [None, *self._own], label)
 
@@ -217,15 +216,14 @@ class InPlaceReduce:
             return
         everyone = [window.addresses(rank, self._ticket, self._label) for rank in range(window.size)]
         target = self._target()
-        if self._packed and self._own[0] is not None:
-            storage = self._own[0].untyped_storage().data_ptr()
-            self._aliased = target.out.untyped_storage().data_ptr() == storage
         largest = max((chunk.numel for chunk in self._plan), default=0)
-        raw = torch.empty(largest, dtype=self._dtype, device="cpu")
-        total = torch.empty(largest, dtype=sum_dtype(target.out.dtype), device="cpu")
+        raw = torch.empty(window.size, largest, dtype=self._dtype, device="cpu")
         with torch.no_grad():
             for chunk in self._plan:
-                self._sum(window, chunk, everyone, target, raw, total)
+                parts = [
+                    self._part(window, chunk, rank, bases, raw[rank]) for rank, bases in enumerate(everyone)
+                ]
+                _add(target, chunk, parts)
         window.finish(self._ticket)
         self._own = []
         self._finish()
@@ -233,28 +231,6 @@ class InPlaceReduce:
     def release(self) -> None:
         """Return once peers have read this rank's part."""
         self._owner.await_readers(self._ticket)
-
-    def _sum(
-        self,
-        window: MemoryWindow,
-        chunk: Chunk,
-        everyone: Sequence[np.ndarray],
-        target: Target,
-        raw: torch.Tensor,
-        total: torch.Tensor,
-    ) -> None:
-        out = target.out[chunk.start : chunk.start + chunk.numel]
-        direct = not (target.accumulate or self._aliased)
-        total = out if direct else total[: chunk.numel]
-        for rank in range(window.size):
-            part = self._part(window, chunk, rank, everyone[rank], raw)
-            _ = total.copy_(part) if rank == 0 else total.add_(part)
-        if target.accumulate:
-            out.add_(total, alpha=target.scale)
-        elif self._aliased:
-            torch.mul(total, target.scale, out=out)
-        elif target.scale != 1.0:
-            out.mul_(target.scale)
 
     def _part(
         self, window: MemoryWindow, chunk: Chunk, rank: int, bases: np.ndarray, raw: torch.Tensor
@@ -275,6 +251,21 @@ class InPlaceReduce:
             part.zero_()
         _read(window.pids[rank], batch, bases, part.data_ptr() - batch.start * part.element_size())
         return part
+
+
+def _add(target: Target, chunk: Chunk, parts: Sequence[torch.Tensor]) -> None:
+    """Sum `parts`, in order, where `target` wants the chunk; `target.out` may be one of them."""
+    out = target.out[chunk.start : chunk.start + chunk.numel]
+    if out.dtype == torch.float32 and parts[0].dtype != torch.float64:
+        sum_pieces(out, parts, scale=target.scale, beta=1.0 if target.accumulate else 0.0)
+        return
+    total = parts[0].to(sum_dtype(parts[0].dtype), copy=True)
+    for part in parts[1:]:
+        total.add_(part)
+    if target.accumulate:
+        out.add_(total, alpha=target.scale)
+    else:
+        torch.mul(total, target.scale, out=out)
 
 
 class InPlaceAllReduce:

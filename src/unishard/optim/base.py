@@ -24,11 +24,11 @@ Build: TypeAlias = Callable[[list[dict[str, Any]], dict[str, Any]], Optimizer]
 
 _BUILT_IN = ("adagrad", "adam", "lion", "sgd")
 
-# Device types on which each class has a fused kernel.
+# Device types on which each class has a fused kernel. Not SGD: torch's fails once a parameter gets its first gradient
+# later than others, with momentum.
 _FUSED_ON = {
     torch.optim.Adam: frozenset({"cpu", "cuda", "mps", "xpu"}),
     torch.optim.AdamW: frozenset({"cpu", "cuda", "mps", "xpu"}),
-    torch.optim.SGD: frozenset({"cpu", "cuda", "mps", "xpu"}),
     torch.optim.Adagrad: frozenset({"cpu"}),
 }
 

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum: torch's, fused where it can be."""
+"""Stochastic gradient descent with momentum: torch's."""
 
 from __future__ import annotations
 
