@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unishard import fully_shard
 from unishard.dist.mesh import axes_of, build_mesh
 from unishard.dist.traffic import Traffic, record_traffic
+from unishard.sharding import group as group_module
 from unishard.sharding.buffer import GroupBuffer
 from unishard.sharding.build import ShardPlan
 from unishard.sharding.gradient import GroupGradients
@@ -245,11 +246,13 @@ def _peaks(door: str) -> tuple[int, int]:
     GroupBuffer.allocate, GroupBuffer.release, GroupGradients.collect = (
         note_allocate, note_release, note_collect,
     )  # fmt: skip
+    small, group_module.COALESCE_BYTES = group_module.COALESCE_BYTES, 1
     try:
         for _ in range(3):
             model(torch.randn(5, 6)).sum().backward()
     finally:
         GroupBuffer.allocate, GroupBuffer.release, GroupGradients.collect = allocate, release, collect
+        group_module.COALESCE_BYTES = small
     return most["gathered"], most["reducing"]
 
 
@@ -282,3 +285,22 @@ def _control_calls_of_a_code_door_step() -> int:
 def test_the_code_door_agrees_once_a_backward(ranks: Callable[..., Any]) -> None:
     """Not once for each unit: all units of a model share their axes."""
     assert ranks(_control_calls_of_a_code_door_step, world_size=2) == [1, 1]
+
+
+def _calls_for_small_groups(preset: str) -> tuple[int, int, int]:
+    sharded = shard(Stack(depth=6), preset)
+    inputs = torch.randn(5, 6)
+    run_step(sharded, 1, inputs)
+    with record_traffic() as traffic:
+        run_step(sharded, 1, inputs)
+    return traffic.calls["reduce_scatter"], traffic.calls["all_gather"], len(sharded.groups)
+
+
+@pytest.mark.parametrize(("preset", "gathers"), [("ZERO2", 7), ("ZERO3", 3)])
+def test_small_groups_travel_together(preset: str, gathers: int, ranks: Callable[..., Any]) -> None:
+    """One reduction; under ZERO3 the root's gather, all blocks' for forward, and all but the last block's again.
+
+    (`run_step` gathers resident groups one by one, as users may; the optimizer does it at once.)
+    """
+    for reductions, gathered, groups in ranks(_calls_for_small_groups, preset):
+        assert (reductions, gathered, groups) == (1, gathers, 7)

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 
 from unishard.dist.in_place import (
-    GatherPlan,
+    Contribution,
+    GatherPart,
     InPlaceAllReduce,
     InPlaceGather,
     InPlaceReduce,
-    ReducePlan,
     Sources,
     Target,
     encode_label,
@@ -138,37 +138,27 @@ class Communicator:
             return None
         return open_window(self.group)
 
-    def gather_in_place(
-        self, source: torch.Tensor, full: torch.Tensor, plan: GatherPlan, op: str, label: str
-    ) -> Pending:
-        """Read every peer's `source`, as `plan` says, into `full`, which holds this rank's part already.
+    def gather_in_place(self, parts: Sequence[GatherPart], op: str, label: str) -> Pending:
+        """Read every peer's shards into this rank's gathered memory.
 
-        `source` must keep its values until `drain()`. Sends (size - 1) times `source`.
+        Sources must keep their values until `drain()`. Sends (size - 1) times each source.
         """
         if self.window is None:
             raise StateError(f"{label}: peers' memory cannot be read; ask `window` first")
-        count(op, (self.size - 1) * source.numel() * source.element_size())
-        return InPlaceGather(self.window, source, full, plan, encode_label(op, label))
+        count(op, (self.size - 1) * sum(p.source.numel() * p.source.element_size() for p in parts))
+        return InPlaceGather(self.window, parts, encode_label(op, label))
 
     def reduce_in_place(
-        self,
-        sources: Sources,
-        plan: ReducePlan,
-        target: Callable[[], Target],
-        finish: Callable[[], None],
-        *,
-        op: str,
-        label: str,
-        sent: int,
+        self, contributions: Sequence[Contribution], op: str, label: str, sent: int
     ) -> Pending:
-        """Sum what every rank published, as `plan` says, into `target()`; `wait()` ends with `finish()`.
+        """Sum what every rank published for some shards; `wait()` ends with their `finish()`.
 
         Sources are contiguous and stay alive until peers have read them. `sent` is what one peer reads, in bytes.
         """
         if self.window is None:
             raise StateError(f"{label}: peers' memory cannot be read; ask `window` first")
         count(op, (self.size - 1) * sent)
-        return InPlaceReduce(self.window, sources, plan, target, finish, encode_label(op, label))
+        return InPlaceReduce(self.window, contributions, encode_label(op, label))
 
     @property
     def in_flight(self) -> int:
@@ -215,7 +205,8 @@ class Communicator:
         slices = full.chunk(self.size)
         if self.window is not None:
             plan = plan_flat(full.numel(), self.size, self.rank, full.element_size())[1]
-            return self.gather_in_place(slices[self.rank] if source is None else source, full, plan, op, label)
+            part = GatherPart(slices[self.rank] if source is None else source, full, plan)
+            return self.gather_in_place([part], op, label)
         own = slices[self.rank]
         count(op, (self.size - 1) * own.numel() * own.element_size())
         if self.point_to_point:
@@ -245,9 +236,8 @@ class Communicator:
             total = torch.empty(own.numel(), dtype=sum_dtype(own.dtype), device="cpu")
             target = Target(total, accumulate=False, scale=1.0)
             sources = Sources([full], packed=True, dtype=full.dtype)
-            return InPlaceReduce(
-                self.window, sources, plan, lambda: target, lambda: finish(total), encode_label(op, label)
-            )
+            whole = Contribution(sources, plan, 0, lambda: target, lambda: finish(total))
+            return InPlaceReduce(self.window, [whole], encode_label(op, label))
         if self.point_to_point:
             received = {p: torch.empty_like(own) for p in self._peers()}
             works = self._exchange({p: slices[p] for p in received}, received)

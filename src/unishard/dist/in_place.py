@@ -109,27 +109,34 @@ def plan_gather(spans: Sequence[Sequence[Span]], itemsize: int) -> GatherPlan:
     return [plan_batches(each, itemsize, _READ_BYTES) for each in spans]
 
 
-class InPlaceGather:
-    """Peers' shards on their way into `full`; this rank's own part is there already."""
+class GatherPart(NamedTuple):
+    """One shard of this rank, and the gathered memory that holds it already and wants the other ranks'."""
 
-    def __init__(
-        self, window: MemoryWindow, source: torch.Tensor, full: torch.Tensor, plan: GatherPlan, label: bytes
-    ) -> None:
+    source: torch.Tensor
+    full: torch.Tensor
+    plan: GatherPlan
+
+
+class InPlaceGather:
+    """Peers' shards on their way into gathered memory."""
+
+    def __init__(self, window: MemoryWindow, parts: Sequence[GatherPart], label: bytes) -> None:
         self._window: MemoryWindow | None = window
         self._owner = window
-        self._full, self._plan, self._label = full, plan, label
-        self._ticket = window.publish([source], label)
+        self._parts, self._label = parts, label
+        self._ticket = window.publish([part.source for part in parts], label)
 
     def wait(self) -> None:
         window, self._window = self._window, None
         if window is None:
             return
-        local = self._full.data_ptr()
         for step in range(1, window.size):
             peer = (window.rank + step) % window.size
             bases = window.addresses(peer, self._ticket, self._label)
-            for batch in self._plan[peer]:
-                _read(window.pids[peer], batch, bases, local)
+            for position, (_, full, plan) in enumerate(self._parts):
+                local = full.data_ptr()
+                for batch in plan[peer]:
+                    _read(window.pids[peer], batch, bases[position : position + 1], local)
         window.finish(self._ticket)
 
     def release(self) -> None:
@@ -186,71 +193,85 @@ class Sources(NamedTuple):
     dtype: torch.dtype
 
 
-class InPlaceReduce:
-    """The sum over ranks of one shard's worth of what each rank published, in rank order and in fp32.
+class Contribution(NamedTuple):
+    """One shard's part in a reduction. `target` is asked for at the end, when it is known whether to add to a sum."""
 
-    Addition in a fixed order makes every layout of ranks round alike. Ranks may differ in whether they publish packed.
-    `target` is asked for at the end, when it is known whether an earlier sum is there to add to.
+    sources: Sources
+    plan: ReducePlan
+    parameters: int
+    """How many tensors a rank publishes if it does not pack, the same on all ranks."""
+    target: Callable[[], Target]
+    finish: Callable[[], None]
+
+    def published(self) -> list[torch.Tensor | None]:
+        """A packed tensor or nothing, then one entry for each parameter: ranks may differ in which they use."""
+        tensors = self.sources.tensors
+        return [*tensors, *([None] * self.parameters)] if self.sources.packed else [None, *tensors]
+
+
+class InPlaceReduce:
+    """Sums over ranks of what each rank published for some shards, in rank order and in fp32.
+
+    Addition in a fixed order makes every layout of ranks round alike.
     """
 
-    def __init__(
-        self,
-        window: MemoryWindow,
-        sources: Sources,
-        plan: ReducePlan,
-        target: Callable[[], Target],
-        finish: Callable[[], None],
-        label: bytes,
-    ) -> None:
+    def __init__(self, window: MemoryWindow, contributions: Sequence[Contribution], label: bytes) -> None:
         self._window: MemoryWindow | None = window
         self._owner = window
-        self._own = sources.tensors
-        self._packed, self._dtype = sources.packed, sources.dtype
-        self._plan, self._target, self._finish, self._label = plan, target, finish, label
-        # A leading nothing tells tensors published one by one from a packed one.
-        self._ticket = window.publish(self._own if sources.packed else [None, *self._own], label)
+        self._contributions = contributions
+        self._label = label
+        published = [tensor for each in contributions for tensor in each.published()]
+        self._ticket = window.publish(published, label)
 
     def wait(self) -> None:
         window, self._window = self._window, None
         if window is None:
             return
         everyone = [window.addresses(rank, self._ticket, self._label) for rank in range(window.size)]
-        target = self._target()
-        largest = max((chunk.numel for chunk in self._plan), default=0)
-        raw = torch.empty(window.size, largest, dtype=self._dtype, device="cpu")
-        with torch.no_grad():
-            for chunk in self._plan:
-                parts = [
-                    self._part(window, chunk, rank, bases, raw[rank]) for rank, bases in enumerate(everyone)
-                ]
-                _add(target, chunk, parts)
+        contributions, self._contributions = self._contributions, ()
+        start = 0
+        for each in contributions:
+            stop = start + 1 + each.parameters
+            with torch.no_grad():
+                _sum(window, each, [bases[start:stop] for bases in everyone])
+            start = stop
         window.finish(self._ticket)
-        self._own = []
-        self._finish()
+        for each in contributions:
+            each.finish()
 
     def release(self) -> None:
         """Return once peers have read this rank's part."""
         self._owner.await_readers(self._ticket)
 
-    def _part(
-        self, window: MemoryWindow, chunk: Chunk, rank: int, bases: np.ndarray, raw: torch.Tensor
-    ) -> torch.Tensor:
-        """What `rank` adds to a chunk: a view of this rank's own tensor, or a copy in `raw`."""
-        if len(bases) == 1 or chunk.single is None:
-            batch = chunk.packed
-        else:
-            batch, bases = chunk.single, bases[1:]
-        if rank == window.rank and len(batch.index) == 1:
-            source = self._own[int(batch.index[0])]
-            if source is not None:
-                start = int(batch.source[0]) // source.element_size()
-                return source.view(-1)[start : start + batch.numel]
-        part = raw[: batch.numel]
-        covered = batch.bytes == batch.numel * part.element_size()
-        if not (covered and bases[batch.index].all()):
-            part.zero_()
-        _read(window.pids[rank], batch, bases, part.data_ptr() - batch.start * part.element_size())
-        return part
+
+def _sum(window: MemoryWindow, contribution: Contribution, everyone: Sequence[np.ndarray]) -> None:
+    sources, target = contribution.sources, contribution.target()
+    largest = max((chunk.numel for chunk in contribution.plan), default=0)
+    raw = torch.empty(window.size, largest, dtype=sources.dtype, device="cpu")
+    for chunk in contribution.plan:
+        parts = [_part(window, sources, chunk, rank, bases, raw[rank]) for rank, bases in enumerate(everyone)]
+        _add(target, chunk, parts)
+
+
+def _part(
+    window: MemoryWindow, sources: Sources, chunk: Chunk, rank: int, bases: np.ndarray, raw: torch.Tensor
+) -> torch.Tensor:
+    """What `rank` adds to a chunk: a view of this rank's own tensor, or a copy in `raw`."""
+    if bases[0] or chunk.single is None:
+        batch = chunk.packed
+    else:
+        batch, bases = chunk.single, bases[1:]
+    if rank == window.rank and len(batch.index) == 1:
+        source = sources.tensors[int(batch.index[0])]
+        if source is not None:
+            start = int(batch.source[0]) // source.element_size()
+            return source.view(-1)[start : start + batch.numel]
+    part = raw[: batch.numel]
+    covered = batch.bytes == batch.numel * part.element_size()
+    if not (covered and bases[batch.index].all()):
+        part.zero_()
+    _read(window.pids[rank], batch, bases, part.data_ptr() - batch.start * part.element_size())
+    return part
 
 
 def _add(target: Target, chunk: Chunk, parts: Sequence[torch.Tensor]) -> None:
@@ -285,11 +306,12 @@ class InPlaceAllReduce:
         self._second: InPlaceGather | None = None
 
         def publish_sum() -> None:
-            self._gather = InPlaceGather(window, own, flat, gather_plan, label)
+            self._gather = InPlaceGather(window, [GatherPart(own, flat, gather_plan)], label)
 
         target = Target(own, accumulate=False, scale=scale)
         sources = Sources([flat], packed=True, dtype=flat.dtype)
-        self._reduce = InPlaceReduce(window, sources, reduce_plan, lambda: target, publish_sum, label)
+        whole = Contribution(sources, reduce_plan, 0, lambda: target, publish_sum)
+        self._reduce = InPlaceReduce(window, [whole], label)
 
     def wait(self) -> None:
         self._reduce.wait()

@@ -14,7 +14,7 @@ from unishard.errors import NonFiniteError, ShardingError, StateError, Unsupport
 from unishard.optim.clip import clip_factor, shard_norm
 from unishard.optim.flat import FlatSteps, Piece
 from unishard.optim.loss_scale import LossScale, NoLossScale
-from unishard.sharding.group import ShardGroup
+from unishard.sharding.group import ShardGroup, unshard_together
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.touched import agree_on_touched
 
@@ -256,7 +256,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # Fused kernels do not count their writes.
         torch.autograd.graph.increment_version([g.buffer.shard for g in groups])
         for group in groups:
-            group.refresh()
+            group.note_update()
+        unshard_together(group for group in groups if group.resident)
         if not self._rules.defer_gather:
             for group in groups:
                 if group.resident:

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from unishard.dist.collectives import Communicator, Pending, Works
-from unishard.dist.in_place import GatherPlan, ReducePlan, Span, plan_gather, plan_packed_reduce, plan_reduce
+from unishard.dist.in_place import (
+    GatherPart,
+    GatherPlan,
+    ReducePlan,
+    Span,
+    plan_flat,
+    plan_gather,
+    plan_packed_reduce,
+    plan_reduce,
+)
 from unishard.sharding.dim_layout import DimLayout
 from unishard.sharding.layout import FlatLayout
 
@@ -98,6 +107,15 @@ class GroupBuffer(ABC):
     @abstractmethod
     def gather(self, label: str = "") -> Pending:
         """Fill `full` from every rank's shard. Wait before reading; `full` is allocated at once."""
+
+    @abstractmethod
+    def gather_part(self) -> GatherPart:
+        """What a gather that reads in place needs; `full` is allocated, this rank's own part in it is filled."""
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether `gather_part` may be used."""
+        return self.comm.window is not None
 
     def _outgoing(self) -> torch.Tensor:
         """The shard in compute dtype: the shard itself, or a fresh tensor."""
@@ -212,14 +230,26 @@ class FlatBuffer(GroupBuffer):
         return self._own(whole).clone()
 
     def gather(self, label: str = "") -> Pending:
+        if self.reads_in_place:
+            return self.comm.gather_in_place([self.gather_part()], "all_gather", label)
+        self._fill_own()
+        return self.comm.all_gather(self.full, label=label)
+
+    @torch.no_grad()
+    def _fill_own(self) -> torch.Tensor:
+        """Put the shard where it belongs in `full`; returns a place where its values stay until they are read."""
         self.allocate()
-        source = None
+        source = own = self._own(self.full)
         if not self.aliased and not self.copied:
-            with torch.no_grad():
-                source = self._outgoing()
-                self._own(self.full).copy_(source)
+            source = self._outgoing()
+            own.copy_(source)
         self.copied = False
-        return self.comm.all_gather(self.full, label=label, source=source)
+        return source
+
+    def gather_part(self) -> GatherPart:
+        source = self._fill_own()
+        plan = plan_flat(self.layout.numel, self.comm.size, self.comm.rank, self.compute.itemsize)[1]
+        return GatherPart(source, self.full, plan)
 
     @property
     def copy_of_shard(self) -> torch.Tensor | None:
@@ -296,9 +326,9 @@ class DimBuffer(GroupBuffer):
         return shard[start : start + prod(shape)].view(shape)
 
     def gather(self, label: str = "") -> Pending:
+        if self.reads_in_place:
+            return self.comm.gather_in_place([self.gather_part()], "all_gather", label)
         self.allocate()
-        if self._gather_plan is not None:
-            return self._gather_in_place(self._gather_plan, label)
         length = self.layout.shard_numel
         with torch.inference_mode(False), torch.no_grad():
             staging = torch.empty(self.comm.size * length, dtype=self.compute, device=self.device)
@@ -332,12 +362,17 @@ class DimBuffer(GroupBuffer):
         ]
         return plan_gather(moved, self.compute.itemsize)
 
+    @property
+    def reads_in_place(self) -> bool:
+        return self._gather_plan is not None
+
     @torch.no_grad()
-    def _gather_in_place(self, plan: GatherPlan, label: str) -> Pending:
+    def gather_part(self) -> GatherPart:
+        self.allocate()
         source = self._outgoing()
         locals_ = [self.local(index, source) for index in range(len(self._targets))]
         torch._foreach_copy_(self._own_targets, locals_)
-        return self.comm.gather_in_place(source, self.full, plan, "all_gather", label)
+        return GatherPart(source, self.full, self._gather_plan or ())
 
     @torch.no_grad()
     def _copy_out(self, staging: torch.Tensor) -> None:

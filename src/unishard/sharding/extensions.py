@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from unishard.dist.collectives import Pending, Works
+from unishard.dist.in_place import GatherPart
 from unishard.dist.mesh import Axes
 from unishard.errors import MisuseError, ShardingError, StateError, UnsupportedError
 from unishard.sharding.buffer import DimBuffer
@@ -47,6 +48,9 @@ class ExtendedBuffer(DimBuffer):
         self.shard = torch.empty(0, dtype=self.master, device=device)
 
     def gather(self, label: str = "") -> Pending:
+        raise StateError("a parameter with all-gather extensions is gathered by its own group")
+
+    def gather_part(self) -> GatherPart:
         raise StateError("a parameter with all-gather extensions is gathered by its own group")
 
     def absorb(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from unishard.dist.collectives import Pending
-from unishard.dist.in_place import Sources, Target, sum_dtype
+from unishard.dist.in_place import Contribution, Sources, Target, sum_dtype
 from unishard.dist.mesh import Axes
 from unishard.errors import StateError
 from unishard.sharding.buffer import GroupBuffer
@@ -81,15 +81,13 @@ class GroupGradients:
         self.filled.add(index)
 
     @torch.no_grad()
-    def launch(self, *, across_replicas: bool) -> Reduction:
-        """Reduce everything collected so far; parameters without a gradient contribute zeros."""
+    def take(self) -> Sources:
+        """Everything collected so far, to be reduced; parameters without a gradient contribute zeros."""
         whole, self.whole = self.whole, None
         if whole is None and self.buffer.sums_single:
             fresh, self.fresh = self.fresh, {}
             tensors = [fresh.get(index) for index in range(len(self.buffer.layout.shapes))]
-            return Reduction(
-                self, Sources(tensors, packed=False, dtype=self.precision.reduce), across_replicas
-            )
+            return Sources(tensors, packed=False, dtype=self.precision.reduce)
         if whole is None:
             whole = self.buffer.new_reduce_buffer(self.precision.reduce)
             self.filled.clear()
@@ -98,7 +96,18 @@ class GroupGradients:
                 self.buffer.write(whole, index, None, accumulate=False)
         self.filled.clear()
         whole = whole.to(self.precision.reduce)
-        return Reduction(self, Sources([whole], packed=True, dtype=whole.dtype), across_replicas)
+        return Sources([whole], packed=True, dtype=whole.dtype)
+
+    def contribution(self, target: Callable[[], Target]) -> Contribution:
+        """This group's part in a reduction that reads in place."""
+        sources = self.take()
+        plan, parameters = self.buffer.reduce_plan(sources.dtype), len(self.buffer.layout.shapes)
+        return Contribution(sources, plan, parameters, target, lambda: None)
+
+    @property
+    def wire_bytes(self) -> int:
+        """What one peer reads of this group's gradients."""
+        return self.buffer.layout.shard_numel * self.precision.reduce.itemsize
 
     @property
     def scale(self) -> float:
@@ -165,7 +174,7 @@ class GroupGradients:
 class Reduction:
     """One group's gradients on their way: along dp_shard, then across replicas."""
 
-    def __init__(self, gradients: GroupGradients, sources: Sources, across_replicas: bool) -> None:
+    def __init__(self, gradients: GroupGradients, across_replicas: bool) -> None:
         self._gradients = gradients
         replicas = gradients.axes.replicate.size > 1
         self._across = across_replicas and replicas
@@ -174,28 +183,19 @@ class Reduction:
         self._taken = False
         """Whether the sum went straight into the group's shard."""
         self._done = False
-        self._pending: Pending = self._start(sources)
+        self._pending: Pending = self._start()
         if gradients.axes.shard.size == 1:
             self.advance()
 
-    def _start(self, sources: Sources) -> Pending:
+    def _start(self) -> Pending:
         gradients, comm = self._gradients, self._gradients.axes.shard
-        if comm.size == 1 or comm.window is None:
-            [whole] = sources.tensors
-            if whole is None:
-                raise StateError(
-                    f"{gradients.name}: a reduction without a buffer needs peers whose memory can be read"
-                )
-            return comm.reduce_scatter(whole, self._take, label=gradients.name)
-        return comm.reduce_in_place(
-            sources,
-            gradients.buffer.reduce_plan(sources.dtype),
-            self._target,
-            lambda: None,
-            op="reduce_scatter",
-            label=gradients.name,
-            sent=gradients.buffer.layout.shard_numel * sources.dtype.itemsize,
-        )
+        if comm.window is not None:
+            mine = [gradients.contribution(self._target)]
+            return comm.reduce_in_place(mine, "reduce_scatter", gradients.name, gradients.wire_bytes)
+        [whole] = gradients.take().tensors
+        if whole is None:
+            raise StateError(f"{gradients.name}: a reduction through sockets needs a packed buffer")
+        return comm.reduce_scatter(whole, self._take, label=gradients.name)
 
     def _target(self) -> Target:
         gradients = self._gradients
@@ -252,6 +252,35 @@ class Reduction:
     def finish(self) -> None:
         while not self.advance():
             pass
+
+    def release(self) -> None:
+        """Return once peers no longer read what this rank contributed."""
+        self._pending.release()
+
+
+class CoalescedReduction:
+    """Several small groups' gradients on their way together, along dp_shard alone."""
+
+    has_next_phase = False
+
+    def __init__(self, members: Sequence[GroupGradients]) -> None:
+        first = members[0]
+        label = f"{first.name} and {len(members) - 1} more"
+        parts = [each.contribution(each.target) for each in members]
+        sent = sum(each.wire_bytes for each in members)
+        self._pending = first.axes.shard.reduce_in_place(parts, "reduce_scatter", label, sent)
+
+    @staticmethod
+    def can_take(gradients: GroupGradients) -> bool:
+        """Whether the group's sum goes straight into its shard, which is all that this does."""
+        axes = gradients.axes
+        return axes.shard.window is not None and axes.replicate.size == 1 and gradients.takes_sums
+
+    def advance(self) -> bool:
+        self._pending.wait()
+        return True
+
+    finish = advance
 
     def release(self) -> None:
         """Return once peers no longer read what this rank contributed."""

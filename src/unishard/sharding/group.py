@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,6 +14,9 @@ from unishard.sharding.gradient import GroupGradients, Reduction
 from unishard.sharding.parameter import Registration
 from unishard.sharding.placement import Placement, Sharding
 from unishard.sharding.precision import GroupPrecision, MixedPrecision
+
+COALESCE_BYTES = 1 << 18
+"""Per rank. Below this, what an operation costs (some 50 us of calls and waiting) outweighs what it moves."""
 
 
 class ShardGroup:
@@ -92,11 +95,7 @@ class ShardGroup:
         """Start gathering the whole parameters, unless they are here or on their way. All ranks call together."""
         if self.is_whole:
             return
-        if self.buffer.shard.is_meta:
-            raise StateError(
-                f"{self.name}: parameter {self.registrations[0].fqn} is on the meta device; materialize the model "
-                "first: model.to_empty(device=...) and initialize it, or load a checkpoint"
-            )
+        self._require_real()
         if self._secondary is not None:
             comm, piece = self._secondary
             self.buffer.allocate()
@@ -106,6 +105,23 @@ class ShardGroup:
             self._secondary = None
         else:
             self._pending = self.buffer.gather(self.name)
+
+    def _require_real(self) -> None:
+        if self.buffer.shard.is_meta:
+            raise StateError(
+                f"{self.name}: parameter {self.registrations[0].fqn} is on the meta device; materialize the model "
+                "first: model.to_empty(device=...) and initialize it, or load a checkpoint"
+            )
+
+    @property
+    def shard_bytes(self) -> int:
+        """What one peer reads of this group's parameters."""
+        return self.buffer.layout.shard_numel * self.precision.compute.itemsize
+
+    @property
+    def joins_gathers(self) -> bool:
+        """Whether this group is so small that it is better gathered together with others."""
+        return self.shard_bytes < COALESCE_BYTES and self._secondary is None and self.buffer.reads_in_place
 
     def wait(self) -> None:
         """Finish the gather and show the whole parameters in their modules."""
@@ -166,20 +182,19 @@ class ShardGroup:
         self._gathered_version = -1
         self._secondary = None
 
-    @property
-    def complete(self) -> bool:
-        """Whether every trainable parameter has delivered its gradient of this backward."""
-        return len(self.gradients.arrived) >= len(self.trainable)
-
     def reduce(self, *, across_replicas: bool = True) -> Reduction:
         """Start reducing what was collected. All ranks call together, in the same order of groups."""
-        return self.gradients.launch(across_replicas=across_replicas)
+        return Reduction(self.gradients, across_replicas)
 
     def refresh(self) -> None:
         """After the optimizer wrote the shard: start bringing resident whole parameters up to date."""
-        self._secondary = None
+        self.note_update()
         if self.resident:
             self.unshard()
+
+    def note_update(self) -> None:
+        """The shard was written; nothing is gathered yet."""
+        self._secondary = None
         if self.shown_whole:
             # Graphs built before the update must not use the new values unnoticed.
             torch.autograd.graph.increment_version([r.whole for r in self.registrations])
@@ -194,3 +209,23 @@ class ShardGroup:
             "parameters": full if self.buffer.aliased else full + shard,
             "gradients": 0 if gradient is None else gradient.numel() * gradient.element_size(),
         }
+
+
+def unshard_together(groups: Iterable[ShardGroup]) -> None:
+    """Start gathering all of `groups`, small ones in one operation. All ranks call together."""
+    small: dict[Communicator, list[ShardGroup]] = {}
+    for group in groups:
+        if not group.is_whole and group.joins_gathers:
+            small.setdefault(group.axes.shard, []).append(group)
+        else:
+            group.unshard()
+    for comm, members in small.items():
+        if len(members) == 1:
+            members[0].unshard()
+            continue
+        for group in members:
+            group._require_real()
+        label = f"{members[0].name} and {len(members) - 1} more"
+        pending = comm.gather_in_place([group.buffer.gather_part() for group in members], "all_gather", label)
+        for group in members:
+            group._pending = pending

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from unishard.dist.mesh import Axes
-from unishard.sharding.gradient import Reduction
-from unishard.sharding.group import ShardGroup
+from unishard.sharding import group as group_module
+from unishard.sharding.gradient import CoalescedReduction, Reduction
+from unishard.sharding.group import ShardGroup, unshard_together
 from unishard.sharding.unit import Phase, ShardUnit
 
 # Forwards recorded without any backward in between (an evaluation with gradients on) are forgotten past this.
@@ -39,9 +40,11 @@ class ReductionQueue:
         self._across: dict[ShardGroup, bool] = {}
         self._position = 0
         self._ready: set[ShardGroup] = set()
-        self._in_flight: deque[Reduction] = deque()
-        self._lagging: Reduction | None = None
+        self._in_flight: deque[Reduction | CoalescedReduction] = deque()
+        self._lagging: Reduction | CoalescedReduction | None = None
         """Finished here; peers may still be reading this rank's part of it."""
+        self._small: list[ShardGroup] = []
+        """Groups whose turn has come, too small to be sent alone."""
 
     def restart(self, groups: Sequence[tuple[ShardGroup, bool]]) -> None:
         """Begin a backward in which exactly `groups` are reduced, each with whether to go across replicas."""
@@ -62,21 +65,43 @@ class ReductionQueue:
                 return
             self._position += 1
             if head in self._across:
-                self._launch(head)
+                self._take_turn(head)
 
     @property
     def active(self) -> bool:
         """Whether this backward reduces anything; the same on all ranks."""
         return bool(self._across)
 
-    def _launch(self, group: ShardGroup) -> None:
-        while len(self._in_flight) >= (self.limit or group.axes.shard.in_flight):
+    def _take_turn(self, group: ShardGroup) -> None:
+        """Launch `group`, together with the small ones before it; or keep it if they are still too small together."""
+        if self._small and self._small[0].axes != group.axes:
+            self._launch_small()
+        if not CoalescedReduction.can_take(group.gradients):
+            self._launch_small()
+            self._launch(
+                group.axes.shard.in_flight, lambda: group.reduce(across_replicas=self._across[group])
+            )
+            return
+        self._small.append(group)
+        if sum(g.gradients.wire_bytes for g in self._small) >= group_module.COALESCE_BYTES:
+            self._launch_small()
+
+    def _launch_small(self) -> None:
+        small, self._small = self._small, []
+        if len(small) == 1:
+            self._launch(small[0].axes.shard.in_flight, lambda: small[0].reduce(across_replicas=True))
+        elif small:
+            members = [group.gradients for group in small]
+            self._launch(small[0].axes.shard.in_flight, lambda: CoalescedReduction(members))
+
+    def _launch(self, in_flight: int, start: Callable[[], Reduction | CoalescedReduction]) -> None:
+        while len(self._in_flight) >= (self.limit or in_flight):
             self._finish_oldest()
         # The second phase of an older reduction starts in the same place on every rank, so that it pairs up.
         for reduction in self._in_flight:
             if reduction.has_next_phase:
                 reduction.advance()
-        self._in_flight.append(group.reduce(across_replicas=self._across[group]))
+        self._in_flight.append(start())
 
     def _finish_oldest(self) -> None:
         oldest = self._in_flight.popleft()
@@ -90,12 +115,14 @@ class ReductionQueue:
         """Launch every group of this backward that is still waiting, then finish all."""
         for group in self.sequence[self._position :]:
             if group in self._across:
-                self._launch(group)
+                self._take_turn(group)
+        self._launch_small()
         self._position = len(self.sequence)
         for group in self.sequence:
             # Nested backwards (reentrant checkpointing) may deliver to a group that has already left.
             if group in self._across and group.gradients.pending:
-                self._launch(group)
+                self._take_turn(group)
+        self._launch_small()
         while self._in_flight:
             self._finish_oldest()
         self._lagging = None
@@ -105,6 +132,7 @@ class ReductionQueue:
         while self._in_flight:
             self._finish_oldest()
         self._lagging = None
+        self._small.clear()
         self._across.clear()
         self._ready.clear()
 
@@ -170,8 +198,7 @@ class Schedule:
         if position is None:
             return
         self._position = position + 1
-        if self._position < len(self._expected):
-            self._expected[self._position].unshard()
+        _unshard_ahead(self._expected[self._position :])
 
     def unfinished(self, unit: ShardUnit) -> list[ShardUnit]:
         """Units whose forward began inside that of `unit`, the outermost now running, and did not end; inner first."""
@@ -238,8 +265,7 @@ class Schedule:
             return
         while self._ran.pop() is not unit:
             pass
-        if self._ran:
-            self._ran[-1].unshard()
+        _unshard_ahead(self._ran[::-1])
 
     def end_backward(self) -> None:
         """Reduce what is left, hand out gradients, release parameters."""
@@ -307,3 +333,15 @@ def _find(sequence: Sequence[ShardUnit], unit: ShardUnit, start: int) -> int | N
         if sequence[position] is unit:
             return position
     return None
+
+
+def _unshard_ahead(units: Sequence[ShardUnit]) -> None:
+    """Gather the first of `units`; if it is small, those after it too until it pays."""
+    ahead: list[ShardGroup] = []
+    for unit in units:
+        ahead += unit.groups
+        if not all(group.joins_gathers for group in unit.groups):
+            break
+        if sum(group.shard_bytes for group in ahead) >= group_module.COALESCE_BYTES:
+            break
+    unshard_together(ahead)
