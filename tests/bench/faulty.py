@@ -20,11 +20,5 @@ def build_dying(plan: Plan):
     dist.barrier()
 
 
-def build_hanging(plan: Plan):
-    if dist.get_rank() == 0:
-        dist.barrier()
-
-
 RAISING = Contestant("raising", "raising", "zero3", "raises on every rank", build_raising)
 DYING = Contestant("dying", "dying", "zero3", "one rank dies", build_dying)
-HANGING = Contestant("hanging", "hanging", "zero3", "one rank waits for the other", build_hanging)

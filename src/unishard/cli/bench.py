@@ -91,8 +91,10 @@ def _plan(**options: object) -> Plan:
     try:
         return Plan(**options)  # pyright: ignore[reportArgumentType]
     except ValidationError as error:
-        problems = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("\n".join(problems)) from None
+        problems = [(str(e["loc"][0]), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        raise ConfigError(
+            "\n".join(f"--{name.replace('_', '-')}: {text}" for name, text in problems)
+        ) from None
 
 
 def _split(given: list[str] | None) -> list[str]:
