@@ -12,10 +12,11 @@ THREADS ?= 1
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 TRAIN := examples/train_gpt.py --config examples/ds_config_zero3.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check format lint types contracts hooks clean
+.PHONY: help install train bench test test-fast check format lint types contracts hooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -31,6 +32,14 @@ train: $(INSTALLED) ## install if needed, then train a GPT on real text with ZeR
 	@echo "==> training on $(RANKS) ranks: $(TRAIN) $(ARGS)"
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m torch.distributed.run \
 		--nproc_per_node $(RANKS) --standalone $(TRAIN) $(ARGS)
+
+bench: $(PEERS) ## install the peers if needed, then measure unishard beside them on 2 processes
+	@$(BIN)/unishard bench --ranks $(RANKS) --threads $(THREADS) $(ARGS)
+
+$(PEERS): $(INSTALLED)
+	@echo "==> installing the peers that unishard is measured with"
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt --editable '.[bench]'
+	@touch $@
 
 test: $(INSTALLED) check ## install if needed, then run every check and the whole test suite
 	@echo "==> tests"

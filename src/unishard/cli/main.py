@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from unishard.cli.bench import bench
 from unishard.cli.config import app as config_app
 
 app = typer.Typer(
@@ -13,6 +14,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(config_app, name="config")
+app.command()(bench)
 
 
 @app.callback()

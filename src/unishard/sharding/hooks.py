@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -274,15 +275,21 @@ def watch_optimizers() -> None:
 
 
 class GradientHook:
-    """Takes a parameter's fresh gradient the moment autograd has it."""
+    """Takes a parameter's fresh gradient the moment autograd has it.
+
+    References are weak: torch's garbage collection does not look into these hooks, and a parameter whose hook holds it
+    would stay in memory for ever. The module's own hooks keep both alive as long as the model is.
+    """
 
     def __init__(self, hooks: UnitHooks, group: ShardGroup, index: int) -> None:
-        self._hooks = hooks
-        self._group = group
+        self._hooks = weakref.ref(hooks)
+        self._group = weakref.ref(group)
         self._index = index
 
     def __call__(self, param: torch.Tensor) -> None:
-        self._hooks.on_gradient(self._group, self._index)
+        hooks, group = self._hooks(), self._group()
+        if hooks is not None and group is not None:
+            hooks.on_gradient(group, self._index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[torch.Tensor], None]:
         return _nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -65,7 +66,9 @@ class ShardUnit:
         self.open_calls = 0
         """Forward calls whose backward has not reached their inputs yet."""
         for module in self.modules:
-            _units[module] = self
+            module.__dict__[_MARK] = _Mark(self)
+        self.serial = next(_serials)
+        _living[self.serial] = self
 
     def __repr__(self) -> str:
         return f"ShardUnit({self.name!r}, {len(self.groups)} groups)"
@@ -106,28 +109,41 @@ class ShardUnit:
             group.reshard(self.keep_within if after_forward else None)
 
 
-_units: weakref.WeakKeyDictionary[nn.Module, ShardUnit] = weakref.WeakKeyDictionary()
+class _Mark:
+    """Ties a module to its unit from inside the module: a table of modules would keep every model alive, because units
+    refer to their modules. A copied or pickled module has no unit, and its mark is empty."""
+
+    def __init__(self, unit: ShardUnit | None) -> None:
+        self.unit = unit
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Mark:
+        return _Mark(None)
+
+    def __reduce__(self) -> tuple[type[_Mark], tuple[None]]:
+        return _Mark, (None,)
+
+
+_MARK = "_unishard_unit"
+_living: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
+_serials = itertools.count()
 
 
 def unit_of(module: nn.Module) -> ShardUnit | None:
     """The unit whose forward is `module`'s, if `module` was sharded."""
-    return _units.get(module)
+    mark: _Mark | None = module.__dict__.get(_MARK)
+    return None if mark is None else mark.unit
 
 
 def all_units() -> Iterator[ShardUnit]:
-    """Every unit of every living model, once, in the order of creation."""
-    seen: set[int] = set()
-    for unit in list(_units.values()):
-        if id(unit) not in seen:
-            seen.add(id(unit))
-            yield unit
+    """Every unit of every living model, once, in the order of creation, which all ranks share."""
+    yield from list(_living.values())
 
 
 def units_under(module: nn.Module) -> Iterator[ShardUnit]:
     """Every unit at or below `module`, once, outermost first, in module order."""
     seen: set[int] = set()
     for child in module.modules():
-        unit = _units.get(child)
+        unit = unit_of(child)
         if unit is not None and id(unit) not in seen:
             seen.add(id(unit))
             yield unit
@@ -135,4 +151,5 @@ def units_under(module: nn.Module) -> Iterator[ShardUnit]:
 
 def forget_unit(unit: ShardUnit) -> None:
     for module in unit.modules:
-        _units.pop(module, None)
+        module.__dict__.pop(_MARK, None)
+    _living.pop(unit.serial, None)
