@@ -74,7 +74,7 @@ def test_rounds_are_interleaved_and_timed_by_the_slowest_rank(results):
         for index, each in enumerate(entry.rounds):
             assert (each.index, each.position) == (index, position)
             assert len(each.step_seconds) == PLAN.steps
-            assert each.seconds == pytest.approx(sum(each.step_seconds), rel=0.5)
+            assert 0 < max(each.step_seconds) < 2 * each.seconds  # ranks' clocks are read one after the other
             assert each.tokens_per_second == pytest.approx(PLAN.tokens_per_step * PLAN.steps / each.seconds)
             assert each.reference > 1
             assert each.left_behind < PARAMETERS / 2, f"{entry.name} leaves tensors behind"
@@ -107,13 +107,23 @@ def test_memory_grows_by_at_least_what_persists(results):
         assert seen.peak > sum(seen.held.values())
 
 
-def test_bytes_on_the_wire_are_those_counted(results):
+def test_bytes_on_the_wire_are_those_counted(tmp_path):
+    plan = PLAN.model_copy(update={"rounds": 0, "transport": "sockets"})
+    names = ["unishard-zero2", "unishard-zero3", "unishard-zero3-code"]
+    results = Run(plan, choose(plan, names).contestants, tmp_path, say=lambda line: None).everything()
+    for entry in results.entries:
+        seen = observed(results, entry.name)
+        if seen.own_network:
+            # Headers and acknowledgements weigh more on a small model.
+            assert seen.sent_on_wire == pytest.approx(seen.sent_counted, rel=0.1)
+
+
+def test_who_sends_what(results):
     for entry in results.entries:
         seen = observed(results, entry.name)
         assert (seen.sent_counted is not None) == entry.ours
         if seen.sent_counted is not None and seen.own_network:
-            # Headers and acknowledgements weigh more on a small model.
-            assert seen.sent_on_wire == pytest.approx(seen.sent_counted, rel=0.1)
+            assert seen.sent_on_wire < 0.1 * seen.sent_counted  # ranks read each other's memory
     assert observed(results, "plain").sent_on_wire < 10_000
     # gloo sends a reduce-scatter as an all-reduce, so FSDP2's full sharding costs 2 Ψ, its grad-op 1.5 Ψ.
     assert observed(results, "fsdp2-full").sent_on_wire == pytest.approx(2 * PARAMETERS, rel=0.1)

@@ -129,12 +129,10 @@ def _rows(sharding: Sharding) -> Iterator[Contestant]:
         )
 
     config_door = partial(build_config_door, preset=sharding.name)
-    yield row("", "config door, AdamW (torch's fused kernel)", config_door, "unishard.engine")
+    yield row("", "config door, AdamW", config_door, "unishard.engine")
     if level in ("zero1", "zero2") and sharding.reshard is Reshard.NEVER:
         overlapped = partial(build_config_door, preset=sharding.name, overlap=True)
-        yield row(
-            "-overlap", "config door with overlap_param_gather, AdamW (fused)", overlapped, "unishard.engine"
-        )
+        yield row("-overlap", "config door with overlap_param_gather, AdamW", overlapped, "unishard.engine")
     code_door = partial(build_code_door, preset=sharding.name)
     yield row("-code", "code door: blocks and root, fused AdamW", code_door, "unishard.sharding.api")
 

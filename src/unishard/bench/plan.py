@@ -37,7 +37,8 @@ class Plan(BaseModel):
 
     `steps` are timed after `warmup` in each of `rounds`; `curve` steps are taken once, in fresh processes, for the loss
     curve, memory, traffic and time by kind (0: not at all). `timeout` is in seconds, for one contestant in one round.
-    `micro_batch` (sequences) and `sequence` (tokens) default to those of the size.
+    With `transport="sockets"` unishard's ranks exchange messages as they would between hosts, instead of reading each
+    other's memory. `micro_batch` (sequences) and `sequence` (tokens) default to those of the size.
 
     >>> Plan(size="30m", accumulation=2).tokens_per_step
     2048
@@ -54,6 +55,7 @@ class Plan(BaseModel):
     accumulation: int = Field(1, ge=1)
     recompute: bool = False
     threads: int = Field(1, ge=1)
+    transport: Literal["memory", "sockets"] = "memory"
     micro_batch: int | None = Field(None, ge=1)
     sequence: int | None = Field(None, ge=1)
     curve: int = Field(12, ge=0)

@@ -34,6 +34,7 @@ class Ranks:
         size: number of ranks. threads: CPU threads of each.
         timeout: seconds for one call, and for one collective.
         log: a file for what libraries print.
+        transport: how unishard's ranks exchange tensors; see `Plan`.
         private_network: give the ranks a loopback interface of their own, if the system allows it.
 
     Example:
@@ -44,7 +45,14 @@ class Ranks:
     """
 
     def __init__(
-        self, size: int, *, threads: int, timeout: float, log: str, private_network: bool = False
+        self,
+        size: int,
+        *,
+        threads: int,
+        timeout: float,
+        log: str,
+        transport: str = "memory",
+        private_network: bool = False,
     ) -> None:
         self._timeout = timeout
         self._folder = tempfile.TemporaryDirectory(prefix="unishard-bench-")
@@ -56,7 +64,7 @@ class Ranks:
         try:
             network = 0 if private_network else None
             for rank in range(size):
-                self._start(Seat(rank, size, threads, timeout, store, log, network))
+                self._start(Seat(rank, size, threads, timeout, store, log, transport, network))
                 [alone] = self._collect([rank])
                 if rank == 0:
                     self.own_network = bool(alone)

@@ -113,7 +113,12 @@ class Run:
     def _ranks(self, size: int, threads: int, private_network: bool = False) -> Ranks:
         log = str(self.folder / "ranks.log")
         return Ranks(
-            size, threads=threads, timeout=self.plan.timeout, log=log, private_network=private_network
+            size,
+            threads=threads,
+            timeout=self.plan.timeout,
+            log=log,
+            transport=self.plan.transport,
+            private_network=private_network,
         )
 
     def _failed(self, contestant: Contestant, fault: RankFault) -> None:

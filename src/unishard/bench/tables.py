@@ -59,7 +59,10 @@ def heading(results: Results) -> list[str]:
         f"{plan.size} GPT (width {shape.width}, depth {shape.depth}, vocabulary {shape.vocabulary}), {plan.dtype}, "
         f"{plan.ranks} ranks of {plan.threads} thread(s), {shape.micro_batch} x {shape.sequence} tokens a rank and "
         f"micro-batch, accumulation {plan.accumulation}, recomputation {'on' if plan.recompute else 'off'}, "
-        f"seed {plan.seed}",
+        f"seed {plan.seed}; unishard's ranks "
+        + (
+            "read each other's memory" if plan.transport == "memory" else "exchange messages as between hosts"
+        ),
         f"{machine.cpu}, {machine.cores} cores, {machine.memory / 2**30:.0f} GiB, {machine.system}; "
         f"Python {machine.python}, {versions}; load average at the start {machine.load:.1f}",
         f"throughput: {plan.rounds} interleaved rounds of {plan.steps} steps after {plan.warmup} in shared processes; "

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from unishard.bench.network import join_network, own_network
+from unishard.dist.memory_window import SWITCH
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Seat:
     timeout: float
     store: str
     log: str
+    transport: str
     network: int | None
     """None: the shared network. 0: make one. Otherwise the process whose network to join."""
 
@@ -119,6 +121,7 @@ def _environment(seat: Seat) -> Mapping[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(seat.threads),
         "DS_ACCELERATOR": "cpu",
+        SWITCH: seat.transport,
     }
 
 

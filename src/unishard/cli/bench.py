@@ -33,6 +33,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     ranks: Annotated[int, typer.Option(help="Processes.")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads of each rank.")] = 1,
+    transport: Annotated[
+        str, typer.Option(help="memory, or sockets: how unishard's ranks exchange tensors.")
+    ] = "memory",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of throughput.")] = 3,
     steps: Annotated[int, typer.Option(help="Timed steps of each contestant in a round.")] = 4,
     warmup: Annotated[int, typer.Option(help="Steps before those.")] = 2,
@@ -65,6 +68,7 @@ def bench(
             dtype=dtype,
             ranks=ranks,
             threads=threads,
+            transport=transport,
             rounds=rounds,
             steps=steps,
             warmup=warmup,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from unishard.kernels import sum_pieces
+from unishard.dist.labels import labelled
 from unishard.dist.memory_window import MAX_VECTORS, MemoryWindow, copy_from
 
 # Measured: single reads of 1 to 4 MB are the fastest, longer ones a third slower.
@@ -128,8 +129,11 @@ class InPlaceGather:
 
     def wait(self) -> None:
         window, self._window = self._window, None
-        if window is None:
-            return
+        if window is not None:
+            with labelled("unishard::gather"):
+                self._read_all(window)
+
+    def _read_all(self, window: MemoryWindow) -> None:
         for step in range(1, window.size):
             peer = (window.rank + step) % window.size
             bases = window.addresses(peer, self._ticket, self._label)
@@ -225,8 +229,11 @@ class InPlaceReduce:
 
     def wait(self) -> None:
         window, self._window = self._window, None
-        if window is None:
-            return
+        if window is not None:
+            with labelled("unishard::reduce"):
+                self._sum_all(window)
+
+    def _sum_all(self, window: MemoryWindow) -> None:
         everyone = [window.addresses(rank, self._ticket, self._label) for rank in range(window.size)]
         contributions, self._contributions = self._contributions, ()
         start = 0

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from unishard.dist.labels import labelled
 from unishard.errors import RankError
 
 log = logging.getLogger("unishard")
@@ -149,9 +150,10 @@ class MemoryWindow:
 
         Tickets that this rank still has to read are left: peers have the same ones open.
         """
-        for ticket in sorted(self._finished):
-            self.await_readers(ticket)
-        self._reap()
+        with labelled("unishard::drain"):
+            for ticket in sorted(self._finished):
+                self.await_readers(ticket)
+            self._reap()
 
     def _reader_word(self, owner: int, index: int, reader: int) -> int:
         return self._done_at + ((owner * _SLOTS + index) * self.size + reader) * 4

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from unishard.dist.labels import labelled
 from unishard.errors import NonFiniteError, ShardingError, StateError, UnsupportedError
 from unishard.optim.clip import clip_factor, shard_norm
 from unishard.optim.flat import FlatSteps, Piece
 from unishard.optim.loss_scale import LossScale, NoLossScale
 from unishard.sharding.group import ShardGroup, unshard_together
+from unishard.sharding.hooks import has_step_hooks
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.touched import agree_on_touched
 
@@ -170,7 +172,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.skipped:
             self._skip(groups)
             return
-        self._update(groups, unscale * clip_factor(self.grad_norm, self._rules.max_norm))
+        # As torch labels the steps of its optimizers.
+        with labelled(f"Optimizer.step#{type(self.inner).__name__}.step"):
+            self._update(groups, unscale * clip_factor(self.grad_norm, self._rules.max_norm))
         self._refresh(groups)
         self._loss_scale.update(False)
 
@@ -213,7 +217,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _update(self, groups: Sequence[ShardGroup], factor: float) -> None:
         """Step `inner` with gradients times `factor`."""
-        flat = FlatSteps.can_step(self.inner, self._pieces)
+        flat = FlatSteps.can_step(self.inner, self._pieces) and not has_step_hooks(self.inner)
         if factor != 1.0 and not (flat and self.before_update is None):
             torch._foreach_mul_([g.gradients.shard for g in groups if g.gradients.shard is not None], factor)
             factor = 1.0

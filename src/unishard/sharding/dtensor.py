@@ -67,12 +67,15 @@ def _standalone(local: torch.Tensor) -> torch.Tensor:
 
     A DTensor has the storage offset of its local tensor, and torch cannot deepcopy one whose offset is not 0.
     """
-    if local.is_meta or local.storage_offset() == 0:
+    if local.is_meta:
         return local
     if not local.numel():
         return torch.empty_like(local)
+    whole, size = local.untyped_storage(), local.numel() * local.element_size()
+    if whole.nbytes() == size:
+        return local
     start = local.storage_offset() * local.element_size()
-    storage = local.untyped_storage()[start : start + local.numel() * local.element_size()]
+    storage = whole[start : start + size]
     return local.new_empty(0).set_(storage, 0, local.shape, local.stride())
 
 

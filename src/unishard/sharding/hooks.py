@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+)
 from torch.utils import _pytree as pytree
 
 from unishard.errors import StateError
@@ -272,6 +276,17 @@ def watch_optimizers() -> None:
     if not _watching:
         _watching = True
         register_optimizer_step_post_hook(_note_step)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether users hooked `optimizer.step()`, or all optimizers' steps: they expect gradients on parameters there."""
+    own = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+    )
+    others = [hook for hook in _global_optimizer_post_hooks.values() if hook is not _note_step]
+    return any(own) or bool(others)
 
 
 class GradientHook:
