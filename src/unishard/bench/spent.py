@@ -14,7 +14,7 @@ KINDS: tuple[str, ...] = ("compute", "communication", "copies", "optimizer", "py
 ATTRIBUTION = {
     "compute": "operators of forward and backward that are not copies (self time)",
     "communication": "launching collectives and waiting for them: c10d, gloo and functional-collective operators, "
-    "every Work.wait(); unishard's waits, its reads of peers' memory and its sums; for DDP the part of backward that no "
+    "every Work.wait(); unishard's waits, reads of peers' memory and sums; for DDP the part of backward that no "
     "operator accounts for, where its reducer waits in C++",
     "copies": "aten::copy_, fill_, zero_, cat, clone and FSDP2's packing operators, with all they call; the model's "
     "own few are in here for every contestant, plain included",
