@@ -145,6 +145,20 @@ COMBINATIONS: tuple[Combination, ...] = (
         "remove overlap_param_gather, or use sharding ZERO1 or ZERO2",
     ),
     Combination(
+        "optimizer-in-backward-with-clipping",
+        "optimizer_in_backward",
+        lambda d: d.get("optimizer_in_backward") is True and d.number("gradient_clipping") > 0,
+        "gradient_clipping {gradient_clipping} needs the norm of all gradients before the first update",
+        "remove gradient_clipping, or optimizer_in_backward",
+    ),
+    Combination(
+        "optimizer-in-backward-with-fp16",
+        "optimizer_in_backward",
+        lambda d: d.get("optimizer_in_backward") is True and d.get("fp16.enabled") is True,
+        "an overflow under fp16 is known only when all gradients are there",
+        "enable bf16 instead, or remove optimizer_in_backward",
+    ),
+    Combination(
         "mics-and-hpz",
         "zero_optimization.zero_hpz_partition_size",
         lambda d: (

@@ -253,12 +253,14 @@ Preset = Literal[
 
 
 class ShardingKeys(Section):
-    """Top-level keys about sharding; `sharding`, `mesh` and `overlap_param_gather` are unishard's own."""
+    """Top-level keys about sharding; those without DeepSpeed's prefix or name are unishard's own: `sharding`, `mesh`,
+    `overlap_param_gather` and `optimizer_in_backward`."""
 
     zero_optimization: ZeroOptimization = ZeroOptimization()
     sharding: Annotated[Preset | None, BeforeValidator(_preset_name), Honoured()] = None
     mesh: Annotated[Mesh | None, Honoured()] = None
     overlap_param_gather: Annotated[bool, Honoured()] = False
+    optimizer_in_backward: Annotated[bool, Honoured()] = False
     zero_allow_untested_optimizer: Annotated[bool, Honoured()] = False
     zero_force_ds_cpu_optimizer: Annotated[
         bool, Translated("it chooses between CPU optimizers, and nothing is offloaded")

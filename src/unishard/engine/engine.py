@@ -95,6 +95,10 @@ class Engine(Accessors):
             unit.reduce_gradients = self._syncs and (boundary or every_time)
             unit.reduce_across_replicas = self._syncs and boundary
             unit.reshard_after_backward = boundary or unit.sharding.reshard is Reshard.AFTER_FORWARD
+        in_backward = (
+            self.config.optimizer_in_backward and self.optimizer is not None and self._syncs and boundary
+        )
+        self.schedule.queue.on_reduced = self._optimizer().step_in_backward if in_backward else None
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for a plain `engine.scale(loss).backward()` under fp16."""

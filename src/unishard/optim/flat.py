@@ -92,7 +92,7 @@ _COUNTED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 
 @dataclass
 class Cohort:
-    """Pieces of one parameter group that have taken equally many steps."""
+    """Pieces of one shard group and one parameter group that have taken equally many steps."""
 
     position: int
     """Of the parameter group."""
@@ -108,15 +108,26 @@ class Cohort:
             self.counter.fill_(self.count)
 
 
+@dataclass(frozen=True)
+class Division:
+    """How one shard group falls into cohorts, for one set of used parameters."""
+
+    used: Set[int]
+    positions: Mapping[int, int]
+    cohorts: list[Cohort]
+
+
 class FlatSteps:
     """Carries out the steps of `inner` range by range."""
 
     def __init__(self, inner: Optimizer, pieces: Iterable[Piece]) -> None:
         self._inner = inner
-        self._pieces = {id(piece.param): piece for piece in pieces}
+        self._pieces: dict[ShardGroup, list[Piece]] = {}
+        for piece in pieces:
+            self._pieces.setdefault(piece.group, []).append(piece)
         self._flats: dict[tuple[ShardGroup, str], torch.Tensor] = {}
-        self._key: Any = None
-        self._cohorts: list[Cohort] = []
+        self._divisions: dict[ShardGroup, Division] = {}
+        self._positions: dict[int, int] = {}
 
     @staticmethod
     def can_step(inner: Optimizer, pieces: Iterable[Piece]) -> bool:
@@ -126,18 +137,29 @@ class FlatSteps:
 
     def step(self, used: Used, grad_scale: float) -> None:
         """Step the pieces that received a gradient, by their groups' reduced gradients times `grad_scale`."""
-        key = list(used.items()), [len(options["params"]) for options in self._inner.param_groups]
-        if key != self._key:
-            self._cohorts, self._key = self._regroup(used), key
-        for cohort in self._cohorts:
-            cohort.advance()
-            rule = rule_of(self._inner, self._inner.param_groups[cohort.position])
-            if rule is None:
-                raise StateError(
-                    f"{type(self._inner).__name__}: options changed to some that kernels do not know"
-                )
-            targets = [self._target(found, rule) for found in cohort.ranges]
-            update(targets, rule, step=cohort.count, grad_scale=grad_scale)
+        rules = [rule_of(self._inner, options) for options in self._inner.param_groups]
+        self._find_positions()
+        calls: dict[tuple[int, int], list[Target]] = {}
+        for group, indices in used.items():
+            for cohort in self._cohorts(group, indices):
+                rule = rules[cohort.position]
+                if rule is None:
+                    raise StateError(
+                        f"{type(self._inner).__name__}: options changed to some that kernels do not know"
+                    )
+                cohort.advance()
+                targets = [self._target(found, rule) for found in cohort.ranges]
+                calls.setdefault((cohort.position, cohort.count), []).extend(targets)
+        for (position, count), targets in calls.items():
+            rule = rules[position]
+            if rule is not None:
+                update(targets, rule, step=count, grad_scale=grad_scale)
+
+    def _find_positions(self) -> None:
+        """Where parameters stand in the optimizer's groups, looked up again when a group has grown or shrunk."""
+        groups = self._inner.param_groups
+        if len(self._positions) != sum(len(options["params"]) for options in groups):
+            self._positions = {id(p): i for i, options in enumerate(groups) for p in options["params"]}
 
     def _target(self, found: Range, rule: Rule) -> Target:
         group, start, stop = found
@@ -156,28 +178,37 @@ class FlatSteps:
 
     def release(self) -> None:
         """Let the optimizer step by itself again, or its state be replaced: the next step here takes it over anew."""
-        for cohort in self._cohorts:
-            for param in cohort.params if cohort.counter is not None else ():
-                self._inner.state[param]["step"] = torch.tensor(float(cohort.count))
-        self._cohorts, self._key = [], None
+        for division in self._divisions.values():
+            self._separate(division.cohorts)
+        self._divisions.clear()
         self._flats.clear()
 
     # cohorts -----------------------------------------------------------------------------------------------
 
-    def _regroup(self, used: Used) -> list[Cohort]:
-        counts = {id(param): cohort.count for cohort in self._cohorts for param in cohort.params}
-        for cohort in self._cohorts:
-            for param in cohort.params if cohort.counter is not None else ():
-                # Whoever is not stepped now must not count with the others.
-                self._inner.state[param]["step"] = torch.tensor(float(cohort.count))
+    def _cohorts(self, group: ShardGroup, used: Set[int]) -> list[Cohort]:
+        known = self._divisions.get(group)
+        if known is not None and known.used == used and known.positions is self._positions:
+            return known.cohorts
+        counts: dict[int, int] = {}
+        if known is not None:
+            # Whoever is not stepped now must not count with the others.
+            self._separate(known.cohorts)
+            counts = {id(param): cohort.count for cohort in known.cohorts for param in cohort.params}
         members: dict[tuple[int, int], list[Piece]] = {}
-        for position, options in enumerate(self._inner.param_groups):
-            for param in options["params"]:
-                piece = self._pieces[id(param)]
-                if piece.index in used.get(piece.group, ()):
-                    count = counts[id(param)] if id(param) in counts else self._taken(param)
-                    members.setdefault((position, count), []).append(piece)
-        return [self._cohort(position, count, pieces) for (position, count), pieces in members.items()]
+        for piece in self._pieces.get(group, ()):
+            position = self._positions.get(id(piece.param))
+            if position is not None and piece.index in used:
+                count = counts.get(id(piece.param))
+                key = position, self._taken(piece.param) if count is None else count
+                members.setdefault(key, []).append(piece)
+        cohorts = [self._cohort(position, count, pieces) for (position, count), pieces in members.items()]
+        self._divisions[group] = Division(used, self._positions, cohorts)
+        return cohorts
+
+    def _separate(self, cohorts: Iterable[Cohort]) -> None:
+        for cohort in cohorts:
+            for param in cohort.params if cohort.counter is not None else ():
+                self._inner.state[param]["step"] = torch.tensor(float(cohort.count))
 
     def _taken(self, param: nn.Parameter) -> int:
         """Steps that the optimizer's state says a piece has taken; where it does not count, whether it has any."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from unishard.dist.labels import labelled
 from unishard.errors import NonFiniteError, ShardingError, StateError, UnsupportedError
+from unishard.kernels import squared_norm
 from unishard.optim.clip import clip_factor, shard_norm
 from unishard.optim.flat import FlatSteps, Piece
 from unishard.optim.loss_scale import LossScale, NoLossScale
@@ -99,6 +100,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._schedule = schedule
         self._pieces = list(pieces)
         self._flat = FlatSteps(inner, self._pieces)
+        self._stepped: list[ShardGroup] = []
+        """Groups updated in backward, since the last `step()`."""
+        self._stepped_norm = 0.0
         self._attached = False
         self._loss_scale = loss_scale or NoLossScale()
         self._rules = rules or UpdateRules()
@@ -148,6 +152,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in self._schedule.groups:
             group.gradients.clear()
         self._detach()
+        self._stepped, self._stepped_norm = [], 0.0
         self.tokens = None
 
     @torch.no_grad()
@@ -162,6 +167,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if any(group.gradients.unreduced for group in self._schedule.groups):
             self._schedule.reduce_pending()
         groups = [g for g in self._schedule.groups if g.gradients.shard is not None]
+        if self._stepped:
+            self._finish_stepped()
+            return
         if not groups:
             self.skipped = False
             return
@@ -215,6 +223,37 @@ class ShardedOptimizer(torch.optim.Optimizer):
         everywhere = [f for f in groups[0].axes.shard.all_gather_object(found) if f is not None]
         return min(everywhere)[2] if everywhere else "unknown"
 
+    @torch.no_grad()
+    def step_in_backward(self, groups: Sequence[ShardGroup]) -> None:
+        """Update `groups`, whose gradients have just been reduced, and forget those. All ranks call together.
+
+        For gradients that need neither a global norm nor agreement on an overflow. `step()` completes the update.
+        """
+        if self.tokens is not None:
+            raise StateError(
+                "backward(loss, tokens=...) divides by the tokens of all micro-batches, which optimizer_in_backward "
+                "does not wait for; use mean losses, or remove optimizer_in_backward"
+            )
+        groups = [g for g in groups if g.gradients.shard is not None]
+        for group in groups:
+            group.gradients.end_backward()
+        if groups:
+            shards = [g.gradients.shard for g in groups if g.gradients.shard is not None]
+            self._stepped_norm += squared_norm(shards).item()
+            self._update(groups, 1.0)
+            self._note_written(groups)
+        for group in groups:
+            group.gradients.clear()
+        self._stepped += groups
+
+    def _finish_stepped(self) -> None:
+        groups, self._stepped = self._stepped, []
+        total = torch.tensor([self._stepped_norm], dtype=torch.float64, device=groups[0].buffer.device)
+        self._stepped_norm = 0.0
+        self.grad_norm = groups[0].axes.shard.all_reduce_control(total, "sum").item() ** 0.5
+        self.skipped = False
+        self._gather_updated(groups)
+
     def _update(self, groups: Sequence[ShardGroup], factor: float) -> None:
         """Step `inner` with gradients times `factor`."""
         flat = FlatSteps.can_step(self.inner, self._pieces) and not has_step_hooks(self.inner)
@@ -257,10 +296,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 piece.param.grad = None
 
     def _refresh(self, groups: Sequence[ShardGroup]) -> None:
-        # Fused kernels do not count their writes.
+        self._note_written(groups)
+        self._gather_updated(groups)
+
+    def _note_written(self, groups: Sequence[ShardGroup]) -> None:
+        # Kernels do not count their writes.
         torch.autograd.graph.increment_version([g.buffer.shard for g in groups])
         for group in groups:
             group.note_update()
+
+    def _gather_updated(self, groups: Sequence[ShardGroup]) -> None:
         unshard_together(group for group in groups if group.resident)
         if not self._rules.defer_gather:
             for group in groups:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,13 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class InFlight(NamedTuple):
+    """A reduction under way, and the groups whose gradients it carries."""
+
+    reduction: Reduction | CoalescedReduction
+    groups: Sequence[ShardGroup]
+
+
 class ReductionQueue:
     """Launches each group's reduction in the agreed sequence and keeps few in flight."""
 
@@ -40,7 +48,9 @@ class ReductionQueue:
         self._across: dict[ShardGroup, bool] = {}
         self._position = 0
         self._ready: set[ShardGroup] = set()
-        self._in_flight: deque[Reduction | CoalescedReduction] = deque()
+        self.on_reduced: Callable[[Sequence[ShardGroup]], None] | None = None
+        """Called with groups whose gradients have been summed over all ranks, in the same order on all ranks."""
+        self._in_flight: deque[InFlight] = deque()
         self._lagging: Reduction | CoalescedReduction | None = None
         """Finished here; peers may still be reading this rank's part of it."""
         self._small: list[ShardGroup] = []
@@ -78,9 +88,7 @@ class ReductionQueue:
             self._launch_small()
         if not CoalescedReduction.can_take(group.gradients):
             self._launch_small()
-            self._launch(
-                group.axes.shard.in_flight, lambda: group.reduce(across_replicas=self._across[group])
-            )
+            self._launch([group], lambda: group.reduce(across_replicas=self._across[group]))
             return
         self._small.append(group)
         if sum(g.gradients.wire_bytes for g in self._small) >= group_module.COALESCE_BYTES:
@@ -89,27 +97,31 @@ class ReductionQueue:
     def _launch_small(self) -> None:
         small, self._small = self._small, []
         if len(small) == 1:
-            self._launch(small[0].axes.shard.in_flight, lambda: small[0].reduce(across_replicas=True))
+            self._launch(small, lambda: small[0].reduce(across_replicas=True))
         elif small:
             members = [group.gradients for group in small]
-            self._launch(small[0].axes.shard.in_flight, lambda: CoalescedReduction(members))
+            self._launch(small, lambda: CoalescedReduction(members))
 
-    def _launch(self, in_flight: int, start: Callable[[], Reduction | CoalescedReduction]) -> None:
-        while len(self._in_flight) >= (self.limit or in_flight):
+    def _launch(
+        self, groups: Sequence[ShardGroup], start: Callable[[], Reduction | CoalescedReduction]
+    ) -> None:
+        while len(self._in_flight) >= (self.limit or groups[0].axes.shard.in_flight):
             self._finish_oldest()
         # The second phase of an older reduction starts in the same place on every rank, so that it pairs up.
-        for reduction in self._in_flight:
+        for reduction, _ in self._in_flight:
             if reduction.has_next_phase:
                 reduction.advance()
-        self._in_flight.append(start())
+        self._in_flight.append(InFlight(start(), groups))
 
     def _finish_oldest(self) -> None:
-        oldest = self._in_flight.popleft()
+        oldest, groups = self._in_flight.popleft()
         oldest.finish()
         if self._lagging is not None:
             # At most one group's gradients are kept for slower ranks.
             self._lagging.release()
         self._lagging = oldest
+        if self.on_reduced is not None:
+            self.on_reduced(groups)
 
     def flush(self) -> None:
         """Launch every group of this backward that is still waiting, then finish all."""
@@ -129,6 +141,7 @@ class ReductionQueue:
 
     def abandon(self) -> None:
         """Drop what a failed backward left; its collectives are still waited for."""
+        self.on_reduced = None
         while self._in_flight:
             self._finish_oldest()
         self._lagging = None
