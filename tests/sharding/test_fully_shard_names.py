@@ -14,6 +14,7 @@ from torch import nn
 import unishard
 from unishard import DataParallelMeshDims, fully_shard
 from unishard.errors import ShardingError, UnsupportedError
+from unishard.sharding import group as group_module
 
 Ranks = Callable[..., list[Any]]
 
@@ -95,13 +96,20 @@ def _in_flight() -> int:
     queue, most = fully_shard.state(model).schedule.queue, 0  # pyright: ignore[reportFunctionMemberAccess]
     launch = queue._launch
 
-    def watched(group: Any) -> None:
+    def watched(*args: Any) -> None:
         nonlocal most
-        launch(group)
+        launch(*args)
         most = max(most, len(queue._in_flight))
 
     queue._launch = watched
-    model(torch.ones(1, 4)).sum().backward()
+    small, group_module.COALESCE_BYTES = (
+        group_module.COALESCE_BYTES,
+        1,
+    )  # so that layers are reduced one by one
+    try:
+        model(torch.ones(1, 4)).sum().backward()
+    finally:
+        group_module.COALESCE_BYTES = small
     return most
 
 

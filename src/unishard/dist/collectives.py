@@ -258,7 +258,10 @@ class Communicator:
     def all_reduce(
         self, tensor: torch.Tensor, op: str = "all_reduce", label: str = "", scale: float = 1.0
     ) -> Pending:
-        """Sum `tensor` times `scale` over ranks in place, any shape; unchanged until `drain()`. Sends 2 (size - 1) / size of it, rounded up to whole slices."""
+        """Sum `tensor` times `scale` over ranks in place, any shape; it keeps its values until `drain()`.
+
+        Sends 2 (size - 1) / size of it, rounded up to whole slices.
+        """
         if self.size == 1:
             return DONE
         flat = tensor.view(-1)

@@ -50,6 +50,10 @@ class ExtendedBuffer(DimBuffer):
     def gather(self, label: str = "") -> Pending:
         raise StateError("a parameter with all-gather extensions is gathered by its own group")
 
+    @property
+    def reads_in_place(self) -> bool:
+        return False
+
     def gather_part(self) -> GatherPart:
         raise StateError("a parameter with all-gather extensions is gathered by its own group")
 
