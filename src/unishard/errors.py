@@ -50,3 +50,11 @@ class KernelError(UnishardError, ValueError):
 
 class RankError(UnishardError, RuntimeError):
     """Another rank failed in a step that all ranks take together; carries that rank's cause."""
+
+
+class CheckpointError(UnishardError, RuntimeError):
+    """A checkpoint that cannot be written, or does not fit what it is loaded into."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint whose bytes are not those that were written: truncated, changed, or with files missing."""

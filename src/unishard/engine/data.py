@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torch.utils.data.distributed import DistributedSampler
 
 from unishard.config import ResolvedConfig
 from unishard.dist.mesh import Axes
+from unishard.engine.sampling import PositionedSampler
 
 
 def build_dataloader(
@@ -22,8 +22,13 @@ def build_dataloader(
     sampler = None
     if not isinstance(data, IterableDataset):
         rank = axes.replicate.rank * axes.shard.size + axes.shard.rank
-        sampler = DistributedSampler(
-            data, num_replicas=axes.world_size, rank=rank, shuffle=True, seed=rc.seed or 0
+        sampler = PositionedSampler(
+            data,  # pyright: ignore[reportArgumentType] - map-style datasets have a length
+            rc.train_micro_batch_size_per_gpu,
+            axes.world_size,
+            rank,
+            seed=rc.seed or 0,
+            drop_last=bool(rc.dataloader_drop_last),
         )
     return DataLoader(
         data,

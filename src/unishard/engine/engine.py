@@ -15,7 +15,8 @@ from torch import nn
 
 from unishard.config import ResolvedConfig
 from unishard.dist.mesh import Axes
-from unishard.engine.accessors import Accessors
+from unishard.engine.checkpointing import Checkpoints
+from unishard.engine.save_load import SaveLoad
 from unishard.errors import StateError
 from unishard.observe.monitors import monitors_from_config
 from unishard.observe.record import StepRecord
@@ -26,7 +27,7 @@ from unishard.sharding.placement import Placement, Reshard
 log = logging.getLogger("unishard")
 
 
-class Engine(Accessors):
+class Engine(SaveLoad):
     """A sharded model with its optimizer: `engine(batch)`, `engine.backward(loss)`, `engine.step()`.
 
     One `step()` call belongs to each micro-batch; parameters change at every `gradient_accumulation_steps`-th.
@@ -57,6 +58,7 @@ class Engine(Accessors):
         self.micro_steps = 0
         self.global_samples = 0
         self._micro = 0
+        """Micro-batches since the last update."""
         self._boundary: bool | None = None
         self._syncs = True
         self._in_backward = False
@@ -66,6 +68,7 @@ class Engine(Accessors):
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._last_loss = float("nan")
         self._monitors = monitors_from_config(config) if dist.get_rank() == 0 else []
+        self._checkpoints = Checkpoints(self)
         self.schedule.after_backward = self._after_backward
 
     # forward and backward -----------------------------------------------------------------------------------
@@ -210,6 +213,7 @@ class Engine(Accessors):
                     loss_scale=self.loss_scale,
                 )
             )
+        self._checkpoints.at_boundary()
 
     def _has_gradients(self) -> bool:
         return any(group.gradients.touched for group in self.schedule.groups)
@@ -260,7 +264,8 @@ class Engine(Accessors):
             return getattr(module, name)
 
     def destroy(self) -> None:
-        """Wait for what is under way and release gathered parameters."""
+        """Wait for what is under way, background saves included, and release gathered parameters."""
+        self.wait_for_checkpoints()
         for unit in self.schedule.units:
             unit.reshard()
 

@@ -233,7 +233,7 @@ def _optimizer(
     wrapped = ShardedOptimizer(
         inner,
         sharded.schedule,
-        pieces.made.values(),
+        pieces,
         _loss_scale(rc),
         UpdateRules(max_norm=rc.gradient_clipping, defer_gather=rc.overlap_param_gather),
     )

@@ -178,10 +178,33 @@ class FlatSteps:
 
     def release(self) -> None:
         """Let the optimizer step by itself again, or its state be replaced: the next step here takes it over anew."""
+        self.separate()
+        self._flats.clear()
+
+    def separate(self) -> None:
+        """Give every piece a step counter of its own; the next step here reads them anew."""
         for division in self._divisions.values():
             self._separate(division.cohorts)
         self._divisions.clear()
-        self._flats.clear()
+
+    def state_names(self) -> tuple[str, ...] | None:
+        """What the optimizer keeps for each parameter; `None` where no rule says so."""
+        rules = [rule_of(self._inner, options) for options in self._inner.param_groups]
+        if any(rule is None for rule in rules):
+            return None
+        names = dict.fromkeys(name for rule in rules if rule is not None for name in rule.state_names)
+        counted = ("step",) if type(self._inner) in _COUNTED else ()
+        return (*counted, *names)
+
+    def slot(self, piece: Piece, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The state tensor of one piece: its own if it has one, else a view of the group's flat one, or zeros."""
+        state = self._inner.state[piece.param]
+        if name not in state:
+            if dtype == piece.param.dtype and name in (self.state_names() or ()):
+                self._show_in(state, name, piece)
+            else:
+                state[name] = torch.zeros_like(piece.param, dtype=dtype)
+        return state[name]
 
     # cohorts -----------------------------------------------------------------------------------------------
 

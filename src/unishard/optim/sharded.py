@@ -61,10 +61,13 @@ class Pieces:
             for index, registration in enumerate(group.registrations)
         }
         self.made: dict[int, Piece] = {}
+        self.members: list[list[Piece]] = []
+        """All pieces of each list that was asked for, empty ones too."""
 
     def of(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """This rank's non-empty pieces of `params`. Raises `ShardingError` for parameters of another model."""
-        pieces = []
+        pieces: list[nn.Parameter] = []
+        self.members.append([])
         for param in params:
             home = self._homes.get(id(param))
             if home is None:
@@ -76,6 +79,7 @@ class Pieces:
                 group, index = home
                 local = group.buffer.local(index, group.buffer.shard)
                 self.made[id(param)] = Piece(group, index, nn.Parameter(local))
+            self.members[-1].append(self.made[id(param)])
             if self.made[id(param)].param.numel():
                 pieces.append(self.made[id(param)].param)
         return pieces
@@ -91,14 +95,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self,
         inner: torch.optim.Optimizer,
         schedule: Schedule,
-        pieces: Iterable[Piece],
+        pieces: Pieces,
         loss_scale: LossScale | None = None,
         rules: UpdateRules | None = None,
     ) -> None:
         self.inner = inner
         self.defaults = inner.defaults
+        self.members = pieces.members
+        """The pieces of each parameter group, in the users' order; those that are empty on this rank too."""
         self._schedule = schedule
-        self._pieces = list(pieces)
+        self._pieces = list(pieces.made.values())
         self._flat = FlatSteps(inner, self._pieces)
         self._stepped: list[ShardGroup] = []
         """Groups updated in backward, since the last `step()`."""
@@ -138,6 +144,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def scaler(self) -> LossScale:
         return self._loss_scale
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """This rank's parts of all parameters that are optimized; some may be empty."""
+        return self._pieces
+
+    def state_names(self) -> tuple[str, ...] | None:
+        """The kinds of state that the inner optimizer keeps, where that is known beforehand."""
+        return self._flat.state_names()
+
+    def state_slot(self, piece: Piece, name: str, dtype: torch.dtype, *, scalar: bool) -> torch.Tensor:
+        """The state tensor `name` of one piece, made of zeros if there is none: 1-D as the piece, or a scalar."""
+        if scalar:
+            return self.inner.state[piece.param].setdefault(name, torch.zeros((), dtype=dtype))
+        return self._flat.slot(piece, name, dtype)
 
     def __repr__(self) -> str:
         return f"ShardedOptimizer({self.inner!r})"
@@ -312,6 +333,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if group.resident:
                     group.wait()
             self._schedule.drain()
+
+    def take_over(self, options: Mapping[int, Mapping[str, Any]]) -> None:
+        """Continue with the options that a checkpoint has for each parameter group, by position; state is in place."""
+        self._flat.separate()
+        for position, stored in options.items():
+            group = self.inner.param_groups[position]
+            group.update({name: value for name, value in stored.items() if name != "params"})
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state over local pieces, and the loss scale."""

@@ -1,0 +1,158 @@
+"""What goes into a checkpoint, as this rank sees it: tensors by key and the boxes of them that lie here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from unishard.checkpoint.boxes import Box, boxes_of_run, split_rows, whole
+
+
+class Part(NamedTuple):
+    """A box of a tensor and the memory here that holds it: contiguous, of the box's sizes or flat."""
+
+    box: Box
+    tensor: torch.Tensor
+
+
+@dataclass
+class Entry:
+    """One tensor. `held` is all of it that this rank has, `written` what this rank saves of that."""
+
+    key: str
+    shape: tuple[int, ...]
+    held: list[Part]
+    written: list[Part]
+
+
+@dataclass
+class Contents:
+    """A whole checkpoint's worth: tensors, values, and keys that are further names of a tensor."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    blobs: dict[str, Any] = field(default_factory=dict)
+    """Values that this rank saves."""
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def add(self, entry: Entry) -> None:
+        self.entries[entry.key] = entry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that this rank writes."""
+        return sum(
+            p.tensor.numel() * p.tensor.element_size() for e in self.entries.values() for p in e.written
+        )
+
+    def snapshot(self) -> Contents:
+        """The same with copies in host memory of everything written: what changes later does not change these."""
+        copies = {
+            key: Entry(
+                key, e.shape, [], [Part(p.box, p.tensor.detach().to("cpu", copy=True)) for p in e.written]
+            )
+            for key, e in self.entries.items()
+        }
+        return Contents(copies, dict(self.blobs), dict(self.aliases))
+
+
+def run_parts(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> list[Part]:
+    """The elements of a row-major tensor from `start` on, which `flat` (1-D) holds, as boxes over its memory."""
+    parts, position = [], 0
+    for box in boxes_of_run(shape, start, start + flat.numel()):
+        parts.append(Part(box, flat[position : position + box.numel]))
+        position += box.numel
+    return parts
+
+
+def share(parts: Iterable[Part], replica: int, replicas: int) -> list[Part]:
+    """The part of `parts` that one of several ranks that all hold them writes: rows are divided evenly."""
+    if replicas == 1:
+        return list(parts)
+    mine = []
+    for box, tensor in parts:
+        if not box.sizes:
+            mine += [Part(box, tensor)] if replica == 0 else []
+            continue
+        piece = split_rows(box, replicas)[replica]
+        row = box.numel // box.sizes[0]
+        start = (piece.offsets[0] - box.offsets[0]) * row
+        if piece.numel:
+            mine.append(Part(piece, tensor.reshape(-1)[start : start + piece.numel]))
+    return mine
+
+
+def replicated(key: str, tensor: torch.Tensor, rank: int, ranks: int) -> Entry:
+    """A tensor that all ranks hold alike."""
+    local = tensor.detach().contiguous()
+    parts = [Part(whole(tuple(tensor.shape)), local)]
+    shape = tuple(tensor.shape)
+    # Small ones are not worth dividing, but need not all be the first rank's either.
+    if local.numel() < 4096:
+        mine = parts if rank == _spread(key, ranks) else []
+    else:
+        mine = share(parts, rank, ranks)
+    return Entry(key, shape, [Part(parts[0].box, tensor.detach())], mine)
+
+
+def _spread(key: str, ranks: int) -> int:
+    return sum(key.encode()) % ranks
+
+
+def entries_of(state: Mapping[str, Any], rank: int, ranks: int) -> Contents:
+    """Read a nested state of tensors, DTensors and values, as `torch.distributed.checkpoint` users have it.
+
+    Keys are the paths joined by dots. Plain tensors and values are taken to be the same on all ranks.
+    """
+    contents = Contents()
+    for key, value in flatten(state).items():
+        if not isinstance(value, torch.Tensor):
+            if rank == _spread(key, ranks):
+                contents.blobs[key] = value
+        elif type(value).__name__ == "DTensor":
+            contents.add(_distributed(key, value))
+        else:
+            contents.add(replicated(key, value, rank, ranks))
+    return contents
+
+
+def _distributed(key: str, value: Any) -> Entry:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = value.device_mesh, value.placements
+    sizes, offsets = compute_local_shape_and_global_offset(value.shape, mesh, placements)
+    local, box = value.to_local().detach(), Box(tuple(offsets), tuple(sizes))
+    held = [Part(box, local)] if box.numel and mesh.get_coordinate() is not None else []
+    replicas, replica = 1, 0
+    for dim, placement in enumerate(placements):
+        if isinstance(placement, Replicate):
+            replicas, replica = replicas * mesh.size(dim), replica * mesh.size(dim) + mesh.get_local_rank(dim)
+    written = share([Part(box, local.contiguous()) for box, local in held], replica, replicas)
+    return Entry(key, tuple(value.shape), held, written)
+
+
+def flatten(state: Any) -> dict[str, Any]:
+    """Leaves by their path: mappings are followed, and sequences that hold mappings or tensors.
+
+    >>> flatten({"a": {"b": 1, "c": [1, 2]}, "d": [{"e": 3}]})
+    {'a.b': 1, 'a.c': [1, 2], 'd.0.e': 3}
+    """
+    found: dict[str, Any] = {}
+
+    def visit(value: Any, path: str) -> None:
+        inner: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            inner = value.items()
+        elif isinstance(value, list | tuple) and any(isinstance(x, Mapping | torch.Tensor) for x in value):
+            inner = enumerate(value)
+        children = list(inner)
+        if not children:
+            found[path] = value
+        for key, child in children:
+            visit(child, f"{path}.{key}" if path else str(key))
+
+    visit(state, "")
+    return found

@@ -1,0 +1,94 @@
+"""Loading: compare what is wanted with what is there, then let every rank read the boxes it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unishard.checkpoint.catalog import Catalog, read_catalog
+from unishard.checkpoint.entries import Entry
+from unishard.checkpoint.meeting import Meeting
+from unishard.checkpoint.storage import Progress, Reader, missing_files
+from unishard.errors import CheckpointError, CorruptCheckpointError
+
+_MOST_ROWS = 40
+
+
+def open_catalog(folder: Path, meeting: Meeting) -> Catalog:
+    """Read the catalog on every rank and check that its files are there. All ranks call together."""
+    catalog, failure = Catalog(), None
+    try:
+        catalog = read_catalog(folder)
+        wrong = list(missing_files(folder, catalog))
+        if wrong:
+            raise CorruptCheckpointError(f"{folder} is damaged: {'; '.join(wrong)}; load another checkpoint")
+    except Exception as error:
+        failure = error
+    meeting.meet(f"open {folder}", failure)
+    return catalog
+
+
+def differences(
+    catalog: Catalog, wanted: Mapping[str, tuple[int, ...]], present: Iterable[str]
+) -> list[tuple[str, str, str]]:
+    """(key, in the checkpoint, here) of what does not match: `wanted` shapes by key, and `present` keys to use up."""
+    rows = []
+    for key, shape in wanted.items():
+        info = catalog.find(key)
+        if info is None:
+            rows.append((key, "missing", str(tuple(shape))))
+        elif info.shape != tuple(shape):
+            rows.append((key, str(info.shape), str(tuple(shape))))
+    known = {catalog.aliases.get(key, key) for key in wanted}
+    for key in present:
+        if catalog.aliases.get(key, key) not in known:
+            info = catalog.find(key)
+            rows.append((key, str(info.shape) if info is not None else "a value", "unexpected"))
+    return rows
+
+
+def table(rows: list[tuple[str, str, str]], folder: Path) -> str:
+    """A message of what does not match."""
+    width = max((len(row[0]) for row in rows), default=0)
+    lines = [f"{folder} does not fit what it is loaded into:", f"  {'':{width}}  checkpoint -> here"]
+    lines += [f"  {key:{width}}  {stored} -> {here}" for key, stored, here in rows[:_MOST_ROWS]]
+    if len(rows) > _MOST_ROWS:
+        lines.append(f"  and {len(rows) - _MOST_ROWS} more")
+    return "\n".join(lines)
+
+
+def require_match(rows: list[tuple[str, str, str]], folder: Path, meeting: Meeting) -> None:
+    """Raise `CheckpointError` with a table on every rank if any has rows."""
+    meeting.meet(f"match {folder}", CheckpointError(table(rows, folder)) if rows else None)
+
+
+def read_entries(
+    folder: Path,
+    catalog: Catalog,
+    entries: Iterable[Entry],
+    meeting: Meeting,
+    *,
+    then: Callable[[Reader], Any] | None = None,
+    verify: bool = True,
+    progress: Progress = lambda done: None,
+) -> Any:
+    """Fill everything that `entries` hold here; `then` reads more and its result is returned.
+
+    All ranks call together; raises on all or on none, and what was filled by then stays filled.
+    """
+    failure, result = None, None
+    try:
+        with Reader(folder, catalog, verify=verify, progress=progress) as reader, torch.no_grad():
+            for entry in entries:
+                for box, tensor in entry.held:
+                    reader.fill(
+                        entry.key, box, tensor.view(box.sizes) if tensor.dim() != len(box.sizes) else tensor
+                    )
+            result = then(reader) if then is not None else None
+    except Exception as error:
+        failure = error
+    meeting.meet(f"read {folder}", failure)
+    return result

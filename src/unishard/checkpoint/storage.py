@@ -1,0 +1,265 @@
+"""Bytes on disk: one file a rank, written once from front to back, and read where they are needed."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unishard.checkpoint.archive import data_offset, envelope
+from unishard.checkpoint.boxes import Box, intersection, split_rows, within
+from unishard.checkpoint.catalog import BLOCK, Blob, Catalog, Chunk, TensorInfo
+from unishard.errors import CheckpointError, CorruptCheckpointError
+
+_LARGEST_CHUNK = 1 << 30
+_KICK = (
+    32 << 20
+)  # bytes after which the kernel is asked to start writing to disk, so that fsync finds little left
+_HEAD = 8192
+_START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE
+
+Progress = Callable[[int], None]
+"""Told of each number of bytes that was written or read."""
+
+
+def _silent(done: int) -> None:
+    return None
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, not copied."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class RankFile:
+    """What one rank writes. Use as a context manager; on a clean exit everything is on the disk."""
+
+    def __init__(self, folder: Path, name: str, progress: Progress = _silent) -> None:
+        self.name = name
+        self.catalog = Catalog()
+        self._progress = progress
+        self._path = folder / name
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._position = 0
+        self._kicked = 0
+
+    def __enter__(self) -> RankFile:
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._descriptor)
+                self.catalog.files[self.name] = self._position
+        finally:
+            os.close(self._descriptor)
+
+    def add_tensor(self, key: str, shape: tuple[int, ...], box: Box, tensor: torch.Tensor) -> None:
+        """Write `box` of the tensor `key` of global `shape`; `tensor` is contiguous and holds the box's elements."""
+        info = self.catalog.tensors.setdefault(key, TensorInfo(shape, tensor.dtype))
+        parts = -(-tensor.numel() * tensor.element_size() // _LARGEST_CHUNK)
+        flat, start = tensor.detach().reshape(-1), 0
+        for piece in split_rows(box, parts) if parts > 1 and box.sizes else [box]:
+            part = flat[start : start + piece.numel]
+            start += piece.numel
+            info.chunks.append(self._chunk(key, piece, part.cpu()))
+
+    def _chunk(self, key: str, box: Box, part: torch.Tensor) -> Chunk:
+        raw = raw_bytes(part)
+        head, tail = envelope(part.dtype, box.sizes, len(raw))
+        begin = self._position
+        self._write(head)
+        data, checksums = self._position, []
+        for start in range(0, len(raw), BLOCK):
+            block = raw[start : start + BLOCK]
+            checksums.append(zlib.crc32(block))
+            self._write(block)
+        self._write(tail)
+        return Chunk(box.offsets, box.sizes, self.name, begin, self._position - begin, data, tuple(checksums))
+
+    def add_blob(self, key: str, value: Any) -> None:
+        """Write any value that `torch.save` takes."""
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        content = buffer.getvalue()
+        self.catalog.blobs[key] = Blob(self.name, self._position, len(content), zlib.crc32(content))
+        self._write(content)
+
+    def _write(self, content: Any) -> None:
+        view = memoryview(content)
+        while view:
+            done = os.write(self._descriptor, view)
+            view = view[done:]
+            self._position += done
+            self._progress(done)
+        if self._position - self._kicked >= _KICK:
+            _start_writeback(self._descriptor, self._kicked, self._position - self._kicked)
+            self._kicked = self._position
+
+
+_sync_range: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
+def _start_writeback(descriptor: int, start: int, size: int) -> None:
+    if _sync_range is not None:
+        _sync_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _START_WRITEBACK)
+
+
+class Reader:
+    """Reads parts of one checkpoint. Files are opened when first needed and closed at the end of the block."""
+
+    def __init__(
+        self, folder: Path, catalog: Catalog, *, verify: bool = True, progress: Progress = _silent
+    ) -> None:
+        self._folder = folder
+        self._catalog = catalog
+        self._verify = verify
+        self._progress = progress
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def blob(self, key: str, *, trust: bool = False) -> Any:
+        """A value by its key; classes other than torch's safe ones only with `trust`.
+
+        Raises `CheckpointError` if it is absent or not allowed, `CorruptCheckpointError` if its bytes changed.
+        """
+        blob = self._catalog.blobs.get(key)
+        if blob is None:
+            raise CheckpointError(f"{self._folder} holds no {key!r}")
+        content = self._pread(blob.file, blob.offset, blob.length, key)
+        if self._verify and blob.checksum is not None and zlib.crc32(content) != blob.checksum:
+            raise self._changed(blob.file, key, blob.offset)
+        try:
+            return torch.load(io.BytesIO(content), weights_only=not trust)
+        except Exception as error:
+            raise CheckpointError(
+                f"{key} in {self._folder} cannot be read: {error}. If it holds classes of your own and you trust the "
+                "file, set UNISHARD_TRUST_CHECKPOINTS=1, or register them with torch.serialization.add_safe_globals"
+            ) from error
+
+    def fill(self, key: str, box: Box, target: torch.Tensor) -> None:
+        """Copy `box` of the tensor `key` into `target`, a tensor of the box's sizes; dtypes may differ.
+
+        Raises `CheckpointError` if the checkpoint does not hold all of it.
+        """
+        info = self._catalog.find(key)
+        if info is None:
+            raise CheckpointError(f"{self._folder} holds no tensor {key!r}")
+        covered = 0
+        for chunk in info.chunks:
+            shared = intersection(box, chunk.box)
+            if shared is not None:
+                covered += shared.numel
+                view = target[within(shared, box)] if box.sizes else target
+                view.copy_(self._shared(key, info, chunk, shared))
+        if covered != box.numel:
+            raise CorruptCheckpointError(
+                f"{self._folder}: {key} is there in part only, {covered} of {box.numel} elements of "
+                f"{box.offsets} + {box.sizes}"
+            )
+
+    def _shared(self, key: str, info: TensorInfo, chunk: Chunk, shared: Box) -> torch.Tensor:
+        """The elements of `shared`, read as the rows of the chunk that contain them."""
+        if not chunk.sizes:
+            first, rows, row_bytes, rest = 0, 1, info.dtype.itemsize, ()
+        else:
+            first, rows = shared.offsets[0] - chunk.offsets[0], shared.sizes[0]
+            rest = chunk.sizes[1:]
+            row_bytes = int(np.prod(rest, dtype=np.int64)) * info.dtype.itemsize
+        content = self._raw(key, info, chunk, first * row_bytes, rows * row_bytes)
+        found = (
+            torch.frombuffer(content, dtype=info.dtype) if len(content) else torch.empty(0, dtype=info.dtype)
+        )
+        if not chunk.sizes:
+            return found[0]
+        held = Box((shared.offsets[0], *chunk.offsets[1:]), (rows, *rest))
+        return found.view(rows, *rest)[within(shared, held)]
+
+    def _raw(self, key: str, info: TensorInfo, chunk: Chunk, start: int, size: int) -> bytearray:
+        """Raw bytes [start, start + size) of a chunk, checked block by block where checksums are known."""
+        data = chunk.data if chunk.data is not None else self._find_data(key, info, chunk)
+        if data is None:
+            return self._unpacked(key, info, chunk)[start : start + size]
+        if not (self._verify and chunk.checksums):
+            return self._pread(chunk.file, data + start, size, key)
+        total = chunk.box.numel * info.dtype.itemsize
+        begin, end = start // BLOCK * BLOCK, min(-(-(start + size) // BLOCK) * BLOCK, total)
+        content = self._pread(chunk.file, data + begin, end - begin, key)
+        for block in range(begin // BLOCK, -(-end // BLOCK)):
+            part = memoryview(content)[block * BLOCK - begin : (block + 1) * BLOCK - begin]
+            if zlib.crc32(part) != chunk.checksums[block]:
+                raise self._changed(chunk.file, key, data + block * BLOCK)
+        return content[start - begin : start - begin + size]
+
+    def _find_data(self, key: str, info: TensorInfo, chunk: Chunk) -> int | None:
+        """Where a foreign archive keeps its raw bytes; `None` if it may hold more, or less, than the chunk."""
+        head = bytes(self._pread(chunk.file, chunk.offset, min(_HEAD, chunk.length), key))
+        found = data_offset(head, chunk.sizes)
+        size = chunk.box.numel * info.dtype.itemsize
+        # A view saved with all of its storage has far more bytes than a head and a tail around the chunk.
+        plain = found is not None and 0 <= chunk.length - found - size < _HEAD
+        return chunk.offset + found if plain and found is not None else None
+
+    def _unpacked(self, key: str, info: TensorInfo, chunk: Chunk) -> bytearray:
+        content = self._pread(chunk.file, chunk.offset, chunk.length, key)
+        tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        if tuple(tensor.shape) != chunk.sizes or tensor.dtype != info.dtype:
+            raise CorruptCheckpointError(f"{self._folder / chunk.file}: {key} is not what the metadata says")
+        return bytearray(raw_bytes(tensor.contiguous()))
+
+    def _pread(self, file: str, offset: int, size: int, key: str) -> bytearray:
+        descriptor = self._descriptor(file, key)
+        content = bytearray(size)
+        view, done = memoryview(content), 0
+        while done < size:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise CorruptCheckpointError(
+                    f"{self._folder / file} is truncated: {key} needs bytes up to {offset + size}, and it ends at "
+                    f"{offset + done}"
+                )
+            done += count
+        self._progress(size)
+        return content
+
+    def _descriptor(self, file: str, key: str) -> int:
+        if file not in self._open:
+            try:
+                self._open[file] = os.open(self._folder / file, os.O_RDONLY)
+            except OSError as error:
+                raise CorruptCheckpointError(
+                    f"{self._folder / file}, which holds part of {key}, cannot be opened: {error.strerror}"
+                ) from error
+        return self._open[file]
+
+    def _changed(self, file: str, key: str, offset: int) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._folder / file}: the bytes of {key} near {offset} are not those that were written (checksum); "
+            "restore the file, or load another checkpoint"
+        )
+
+
+def missing_files(folder: Path, catalog: Catalog) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, one line each: absent, or of another size."""
+    sizes: Mapping[str, int] = catalog.files
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes instead of {size}"

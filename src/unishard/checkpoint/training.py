@@ -1,0 +1,177 @@
+"""A sharded model and its optimizer as checkpoint contents, whatever preset, mesh and number of ranks they run under.
+
+Keys are those that torch's `get_state_dict` helpers give: `model.<name>`, `optim.state.<name>.<state>`,
+`optim.param_groups.<i>.<option>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from unishard.checkpoint.boxes import whole
+from unishard.checkpoint.catalog import Catalog, keys_of
+from unishard.checkpoint.entries import Contents, Entry, Part, replicated, run_parts, share
+from unishard.dist.collectives import Communicator
+from unishard.errors import UnsupportedError
+from unishard.optim.flat import Piece
+from unishard.optim.sharded import ShardedOptimizer
+from unishard.sharding.group import ShardGroup
+
+MODEL, STATE, GROUPS = "model", "optim.state", "optim.param_groups"
+
+
+class Names:
+    """What parameters are called: a first name for each, and further ones of tied parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.first: dict[int, str] = {}
+        self.aliases: dict[str, str] = {}
+        for name, param in module.named_parameters(remove_duplicate=False):
+            known = self.first.setdefault(id(param), name)
+            if known != name:
+                self.aliases[name] = known
+
+    def of(self, group: ShardGroup, index: int) -> str:
+        return self.first[id(group.registrations[index].visible)]
+
+
+def model_contents(
+    module: nn.Module, groups: Sequence[ShardGroup], world: Communicator, *, exclude_frozen: bool = False
+) -> Contents:
+    """Parameters (master weights) and persistent buffers of a model that the config door sharded."""
+    names, contents = Names(module), Contents()
+    sharded: set[int] = set()
+    for group in groups:
+        for index, registration in enumerate(group.registrations):
+            sharded.add(id(registration.visible))
+            if not (exclude_frozen and not registration.visible.requires_grad):
+                contents.add(
+                    _shard_entry(f"{MODEL}.{names.of(group, index)}", group, index, group.buffer.shard)
+                )
+    for name, param in module.named_parameters():
+        if id(param) not in sharded:
+            contents.add(replicated(f"{MODEL}.{name}", param, world.rank, world.size))
+    for name, buffer in persistent_buffers(module):
+        contents.add(replicated(f"{MODEL}.{name}", buffer, world.rank, world.size))
+    held = contents.entries
+    contents.aliases = {
+        f"{MODEL}.{alias}": f"{MODEL}.{name}"
+        for alias, name in names.aliases.items()
+        if f"{MODEL}.{name}" in held
+    }
+    return contents
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a state dict would hold."""
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _shard_entry(key: str, group: ShardGroup, index: int, flat: torch.Tensor) -> Entry:
+    """One parameter's part of a flat shard, or of something laid out like it."""
+    shape = tuple(group.buffer.layout.shapes[index])
+    parts: list[Part] = []
+    for span in _spans(group):
+        if span.index == index:
+            parts = run_parts(shape, span.source, flat[span.target : span.target + span.numel])
+    replicas = group.axes.replicate
+    return Entry(key, shape, parts, share(parts, replicas.rank, replicas.size))
+
+
+def _spans(group: ShardGroup) -> Sequence[Any]:
+    spans = group.buffer.shard_spans(group.axes.shard.rank)
+    if spans is None:
+        raise UnsupportedError(
+            f"{group.name}: parameters split along other dims than the first are saved as DTensors, with "
+            "unishard.checkpoint.save(state, folder)"
+        )
+    return spans
+
+
+def optimizer_contents(optimizer: ShardedOptimizer, module: nn.Module, world: Communicator) -> Contents:
+    """State by parameter name, and the options of each parameter group."""
+    names, contents = Names(module), Contents()
+    for piece in optimizer.pieces:
+        name = names.of(piece.group, piece.index)
+        for kind, value in (optimizer.inner.state.get(piece.param) or {}).items():
+            _add_state(contents, f"{STATE}.{name}.{kind}", piece, value)
+    if world.rank == 0:
+        for position, options in enumerate(optimizer.inner.param_groups):
+            members = [names.of(piece.group, piece.index) for piece in optimizer.members[position]]
+            for option, value in {**options, "params": members}.items():
+                contents.blobs[f"{GROUPS}.{position}.{option}"] = value
+    return contents
+
+
+def _add_state(contents: Contents, key: str, piece: Piece, value: Any) -> None:
+    group, index = piece.group, piece.index
+    first = group.axes.replicate.rank == 0 and any(s.index == index and s.source == 0 for s in _spans(group))
+    if not isinstance(value, torch.Tensor):
+        if first:
+            contents.blobs[key] = value
+    elif value.numel() == piece.param.numel() and value.dim() == 1:
+        shape = tuple(group.buffer.layout.shapes[index])
+        span = next(s for s in _spans(group) if s.index == index)
+        parts = run_parts(shape, span.source, value.detach())
+        replicas = group.axes.replicate
+        contents.add(Entry(key, shape, parts, share(parts, replicas.rank, replicas.size)))
+    else:
+        scalar = Part(whole(tuple(value.shape)), value.detach())
+        contents.add(Entry(key, tuple(value.shape), [scalar], [scalar] if first else []))
+
+
+def optimizer_differences(
+    catalog: Catalog, optimizer: ShardedOptimizer, module: nn.Module, stored: Mapping[int, Mapping[str, Any]]
+) -> list[tuple[str, str, str]]:
+    """What does not match between the checkpoint's optimizer and this one: parameters, groups, kinds of state."""
+    names = Names(module)
+    mine = {names.of(piece.group, piece.index): piece for members in optimizer.members for piece in members}
+    rows = []
+    if len(stored) != len(optimizer.members):
+        rows.append((GROUPS, f"{len(stored)} groups", f"{len(optimizer.members)} groups"))
+    for position, (options, members) in enumerate(zip(stored.values(), optimizer.members, strict=False)):
+        here = [names.of(piece.group, piece.index) for piece in members]
+        for name in sorted(set(options["params"]) ^ set(here)):
+            there = name in options["params"]
+            rows.append(
+                (f"{GROUPS}.{position}", name if there else "missing", name if not there else "missing")
+            )
+    known = optimizer.state_names()
+    for key in keys_of(STATE, catalog.tensors):
+        name, _, kind = key.rpartition(".")
+        info = catalog.tensors[f"{STATE}.{key}"]
+        if name not in mine:
+            rows.append((f"{STATE}.{key}", str(info.shape), "unexpected"))
+        elif info.shape not in ((), tuple(mine[name].group.buffer.layout.shapes[mine[name].index])):
+            shape = tuple(mine[name].group.buffer.layout.shapes[mine[name].index])
+            rows.append((f"{STATE}.{key}", str(info.shape), str(shape)))
+        elif known is not None and kind not in known:
+            rows.append(
+                (f"{STATE}.{key}", kind, f"{type(optimizer.inner).__name__} keeps {', '.join(known)}")
+            )
+    return rows
+
+
+def optimizer_entries(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.Module) -> list[Entry]:
+    """Places for the stored state in the optimizer, made where there are none yet."""
+    names = Names(module)
+    kinds: dict[str, list[str]] = {}
+    for key in keys_of(STATE, catalog.tensors):
+        name, _, kind = key.rpartition(".")
+        kinds.setdefault(name, []).append(kind)
+    contents = Contents()
+    for piece in optimizer.pieces:
+        name = names.of(piece.group, piece.index)
+        for kind in kinds.get(name, ()) if piece.param.numel() else ():
+            key = f"{STATE}.{name}.{kind}"
+            info = catalog.tensors[key]
+            slot = optimizer.state_slot(piece, kind, info.dtype, scalar=info.shape == ())
+            _add_state(contents, key, piece, slot)
+    return list(contents.entries.values())
