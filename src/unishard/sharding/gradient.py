@@ -48,6 +48,10 @@ class GroupGradients:
 
         Without a reduction this backward, sums rest in the gradient dtype: 16-bit wires must not round running sums.
         """
+        if torch.is_grad_enabled():
+            # A backward that makes a graph. Otherwise gradients are off, and asking for it costs as much as the rest.
+            with torch.no_grad():
+                return self.collect(index, grad, reduce_follows)
         self.arrived.add(index)
         if self.predivide != 1.0:
             # Before the cast to the wire dtype, which is what keeps a 16-bit wire from overflowing.
@@ -57,22 +61,17 @@ class GroupGradients:
         stays = reduce_follows and self.whole is None and self.buffer.sums_single and plain
         if stays and grad.dtype == self.precision.reduce:
             known = self.fresh.get(index)
-            if known is None:
-                self.fresh[index] = grad.detach().contiguous()
-            else:
-                with torch.no_grad():
-                    known.add_(grad)
+            self.fresh[index] = grad.detach().contiguous() if known is None else known.add_(grad)
             return
-        self._pack()
+        if self.fresh:
+            self._pack()
         self._write(index, grad, self.precision.reduce if reduce_follows else self.precision.grad)
 
-    @torch.no_grad()
     def _pack(self) -> None:
         for index, grad in self.fresh.items():
             self._write(index, grad, self.precision.reduce)
         self.fresh.clear()
 
-    @torch.no_grad()
     def _write(self, index: int, grad: torch.Tensor, dtype: torch.dtype) -> None:
         if self.whole is None:
             self.whole = self.buffer.new_reduce_buffer(dtype)
