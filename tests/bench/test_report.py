@@ -76,7 +76,10 @@ def results() -> Results:
         entry("broken", [], None, error="rank 0: it broke"),
     ]
     return Results(
-        machine=MACHINE, plan=Plan(size="tiny"), entries=entries, left_out={"x": "x needs at least 4 ranks"}
+        machine=MACHINE,
+        plan=Plan(size="tiny"),
+        entries=entries,
+        left_out={"x": "at least 4 ranks needed", "y": "at least 4 ranks needed"},
     )
 
 
@@ -124,7 +127,7 @@ def test_memory_and_efficiency_rows(results):
 def test_failures_and_what_was_left_out_are_said(results):
     text = "\n".join(heading(results))
     assert "failed: broken: rank 0: it broke" in text
-    assert "left out: x needs at least 4 ranks" in text
+    assert "left out, at least 4 ranks needed: x, y" in text
     assert "C heap: MALLOC_ARENA_MAX=1" in text
     assert "interrupted" not in text
     assert row(results, "Throughput", "broken")[1] == "failed"

@@ -76,9 +76,17 @@ def heading(results: Results) -> list[str]:
     ]
     if machine.allocator:
         lines.append("C heap: " + ", ".join(f"{k}={v}" for k, v in sorted(machine.allocator.items())))
-    lines += [f"left out: {reason}" for reason in results.left_out.values()]
+    lines += _left_out(results)
     lines += [f"failed: {entry.name}: {entry.error}" for entry in results.entries if entry.error]
     return [*lines, "interrupted: some measurements are missing"] if results.interrupted else lines
+
+
+def _left_out(results: Results) -> list[str]:
+    """One line a reason, with everybody whom it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for name, reason in results.left_out.items():
+        concerned.setdefault(reason, []).append(name)
+    return [f"left out, {reason}: {', '.join(names)}" for reason, names in concerned.items()]
 
 
 def throughput(results: Results) -> Sheet:
