@@ -69,14 +69,16 @@ def test_an_unknown_name_is_refused_with_the_closest(given, hint):
 
 def test_what_does_not_fit_is_left_out_with_the_reason():
     chosen = choose(PLAN, among=ROWS)
-    assert chosen.left_out["unishard-hybrid-shard"] == "unishard-hybrid-shard needs at least 4 ranks"
-    assert chosen.left_out["ddp-bf16-wire"] == "ddp-bf16-wire is for bf16 only"
+    assert chosen.left_out["unishard-hybrid-shard"] == "at least 4 ranks needed"
+    assert chosen.left_out["ddp-bf16-wire"] == "for bf16 only"
     more = names(Plan(size="tiny", ranks=4, dtype="bf16"))
     assert {"unishard-hybrid-shard", "ddp-bf16-wire"} <= set(more)
 
 
 def test_what_does_not_fit_is_refused_when_named():
-    with pytest.raises(ConfigError, match="needs at least 4 ranks; this run has 2 ranks and fp32"):
+    with pytest.raises(
+        ConfigError, match="unishard-hybrid-shard: at least 4 ranks needed; this run has 2 ranks and fp32"
+    ):
         choose(PLAN, ["unishard-hybrid-shard"], among=ROWS)
 
 

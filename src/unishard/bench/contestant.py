@@ -95,9 +95,9 @@ class Contestant:
     def unfit(self, plan: Plan) -> str | None:
         """Why it cannot take part in `plan`, or None."""
         if plan.ranks < self.min_ranks:
-            return f"{self.name} needs at least {self.min_ranks} ranks"
+            return f"at least {self.min_ranks} ranks needed"
         if plan.dtype not in self.dtypes:
-            return f"{self.name} is for {' and '.join(self.dtypes)} only"
+            return f"for {' and '.join(self.dtypes)} only"
         return None
 
 

@@ -57,6 +57,21 @@ def against(results: Results, entry: Entry, reference: str = "ddp") -> Spread | 
     return None if base is None else paired(by_round(entry), by_round(base))
 
 
+STEADY = 0.15
+"""Two measurements whose reference products differ by more than this share met two different machines."""
+
+
+def steady_rounds(results: Results, entry: Entry, reference: str = "ddp") -> tuple[int, int] | None:
+    """In how many of the shared rounds the machine was as fast beside `entry` as beside the contestant `reference`."""
+    base = results.entry(reference)
+    if base is None:
+        return None
+    theirs = {r.index: r.reference for r in base.rounds}
+    pairs = [(r.reference, theirs[r.index]) for r in entry.rounds if r.index in theirs]
+    steady = sum(abs(ours - other) <= STEADY * max(ours, other) for ours, other in pairs)
+    return (steady, len(pairs)) if pairs else None
+
+
 def loss_deviation(results: Results, entry: Entry, reference: str = "ddp") -> float | None:
     """The largest distance between the two loss curves, in nats."""
     base = results.entry(reference)

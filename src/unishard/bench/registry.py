@@ -69,7 +69,9 @@ def choose(
             continue
         if (reason := contestant.unfit(plan)) is not None:
             if contestant.name in named:
-                raise ConfigError(f"{reason}; this run has {plan.ranks} ranks and {plan.dtype}")
+                raise ConfigError(
+                    f"{contestant.name}: {reason}; this run has {plan.ranks} ranks and {plan.dtype}"
+                )
             left_out[contestant.name] = reason
         elif (reason := contestant.missing()) is not None:
             missing.append(reason)

@@ -105,7 +105,7 @@ class Run:
                     except RankFault as fault:
                         self._failed(contestant, fault)
                         ranks = None  # they are gone; the next contestant gets new ones
-                self._save()
+                    self._save()
         finally:
             if ranks is not None:
                 ranks.kill()

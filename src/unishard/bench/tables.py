@@ -10,7 +10,16 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from unishard.bench.ratios import Spread, against, by_round, comparisons, loss_deviation, spread
+from unishard.bench.ratios import (
+    STEADY,
+    Spread,
+    against,
+    by_round,
+    comparisons,
+    loss_deviation,
+    spread,
+    steady_rounds,
+)
 from unishard.bench.results import Entry, Observation, Results
 from unishard.bench.spent import KINDS
 
@@ -70,9 +79,17 @@ def heading(results: Results) -> list[str]:
     ]
     if machine.allocator:
         lines.append("C heap: " + ", ".join(f"{k}={v}" for k, v in sorted(machine.allocator.items())))
-    lines += [f"left out: {reason}" for reason in results.left_out.values()]
+    lines += _left_out(results)
     lines += [f"failed: {entry.name}: {entry.error}" for entry in results.entries if entry.error]
     return [*lines, "interrupted: some measurements are missing"] if results.interrupted else lines
+
+
+def _left_out(results: Results) -> list[str]:
+    """One line a reason, with everybody whom it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for name, reason in results.left_out.items():
+        concerned.setdefault(reason, []).append(name)
+    return [f"left out, {reason}: {', '.join(names)}" for reason, names in concerned.items()]
 
 
 def throughput(results: Results) -> Sheet:
@@ -85,12 +102,14 @@ def throughput(results: Results) -> Sheet:
         "against ddp",
         "min – max",
         "reference",
+        "steady",
     )
     sheet = Sheet(
         "Throughput",
         columns,
         note="medians over rounds; the ratio is formed within each round; reference: GFLOP/s of a matrix product "
-        "beside each contestant, which shows the machine's own drift",
+        "beside each contestant; steady: rounds in which it differed by at most "
+        f"{STEADY:.0%} from ddp's, so that the ratio is the contestants' and not the machine's",
     )
     for entry in results.entries:
         rates, ratio = spread(list(by_round(entry).values())), against(results, entry)
@@ -98,7 +117,9 @@ def throughput(results: Results) -> Sheet:
         reference = f"{median(r.reference for r in entry.rounds):.0f}" if entry.rounds else NOTHING
         middle = f"{rates.median:,.0f}" if rates else _missing(entry)
         between = f"{rates.least:,.0f} – {rates.most:,.0f}" if rates else NOTHING
-        sheet.rows.append([entry.name, middle, between, peak, *_ratio(ratio), reference])
+        steady = steady_rounds(results, entry)
+        share = f"{steady[0]} of {steady[1]}" if steady else NOTHING
+        sheet.rows.append([entry.name, middle, between, peak, *_ratio(ratio), reference, share])
     return sheet
 
 

@@ -128,7 +128,7 @@ def _measure(
 
 
 def _left_out(chosen: Chosen, without: list[str]) -> dict[str, str]:
-    return chosen.left_out | {pattern: f"{pattern} was excluded with --without" for pattern in without}
+    return chosen.left_out | dict.fromkeys(without, "excluded with --without")
 
 
 def _report(results: Results, folder: Path, console: Console) -> None:
