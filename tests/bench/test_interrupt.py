@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run cleanly and keeps what was measured."""
+"""Ctrl-C or SIGTERM ends a run cleanly and keeps what was measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from unishard.bench.results import Results
 pytestmark = pytest.mark.slow
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_is_kept(tmp_path, sent):
     command = [sys.executable, "-m", "unishard.cli.main", "bench", "--size", "tiny", "--curve", "0"]
     command += [
         "--contestants",
@@ -34,7 +35,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         try:
             wait_for_rounds(run, tmp_path / "results.json", log)
             family = psutil.Process(run.pid).children(recursive=True)
-            os.killpg(run.pid, signal.SIGINT)
+            os.killpg(run.pid, sent) if sent == signal.SIGINT else run.terminate()
             assert run.wait(timeout=30) == 130, log.read_text()
         finally:
             if run.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,6 +120,8 @@ def _measure(
     chosen = choose(plan, only, without)
     run = Run(plan, chosen.contestants, out, lambda line: console.print(escape(line), style="dim"))
     run.results.left_out = _left_out(chosen, without)
+    # A scheduler that ends the run deserves what was measured as much as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run.everything()
     _report(results, out, console)
     if results.interrupted:
