@@ -304,3 +304,21 @@ def test_small_groups_travel_together(preset: str, gathers: int, ranks: Callable
     """
     for reductions, gathered, groups in ranks(_calls_for_small_groups, preset):
         assert (reductions, gathered, groups) == (1, gathers, 7)
+
+
+def _code_door_at_rest() -> tuple[int, int]:
+    from unishard.sharding.unit import units_under
+
+    model = Stack()
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    for block in model.blocks:
+        fully_shard(block, sharding="NO_SHARD")
+    fully_shard(model, sharding="NO_SHARD")
+    model(torch.randn(5, 6)).sum().backward()
+    held = sum(sum(g.persistent_bytes.values()) for u in units_under(model) for g in u.groups)
+    return held, parameters
+
+
+def test_one_copy_of_parameters_that_are_not_sharded(ranks: Callable[..., Any]) -> None:
+    for held, parameters in ranks(_code_door_at_rest):
+        assert held == parameters  # gradients are the parameters' by now

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unishard.dist.collectives import Communicator, Pending, Works
+from unishard.dist.collectives import DONE, Communicator, Pending, Works
 from unishard.dist.in_place import (
     GatherPart,
     GatherPlan,
@@ -189,6 +189,15 @@ class GroupBuffer(ABC):
         changed = written != self.shard.to(self.compute)
         self.shard.copy_(torch.where(changed, written.to(self.master), self.shard))
 
+    def replace_shard(self, shard: torch.Tensor) -> None:
+        """Take other memory, or memory on another device, as the shard; one that is part of `full` takes the values."""
+        if self.aliased and shard.device == self.shard.device and shard.dtype == self.shard.dtype:
+            with torch.no_grad():
+                self.shard.copy_(shard)
+            return
+        self.aliased = False
+        self.shard = shard
+
     @abstractmethod
     def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
         """A fresh tensor with this rank's part of `whole`, in the dtype of `whole`."""
@@ -288,7 +297,12 @@ class DimBuffer(GroupBuffer):
         super().__init__(layout, comm, **kwargs)
         self.layout = layout
         self.views = self._make_views()
-        self.shard = self.full.new_empty(0, dtype=self.master)
+        # A single rank's chunks are the whole parameters, one after the other.
+        alone = comm.size == 1 and layout.offsets == layout.shard_offsets
+        self.aliased = alone and self.resident and self.master == self.compute
+        self.shard = (
+            self.full[: layout.shard_numel] if self.aliased else self.full.new_empty(0, dtype=self.master)
+        )
         # A second set, so that filling them leaves the version counters of `views` alone.
         self._targets = self._make_views()
 
@@ -328,6 +342,8 @@ class DimBuffer(GroupBuffer):
     def gather(self, label: str = "") -> Pending:
         if self.reads_in_place:
             return self.comm.gather_in_place([self.gather_part()], "all_gather", label)
+        if self.aliased:
+            return DONE
         self.allocate()
         length = self.layout.shard_numel
         with torch.inference_mode(False), torch.no_grad():

@@ -184,7 +184,7 @@ def swapped_group(
             return _extended(name, records, precision, plan, mesh, layout, specs)
         on_meta = any(r.local.is_meta for r in records)
         if on_meta:
-            buffer.shard = torch.empty(layout.shard_numel, dtype=precision.master, device="meta")
+            buffer.replace_shard(torch.empty(layout.shard_numel, dtype=precision.master, device="meta"))
             buffer.release()
         else:
             fill(buffer, records, plan)
@@ -334,7 +334,7 @@ def _rebuild(group: ShardGroup, registrations: list[ShardedParameter], locals_: 
         raise ShardingError(f"{group.name}: only groups of the code door can be rebuilt in place")
     real = group.buffer.device if device.type == "meta" else device
     buffer = _new_buffer(layout, group.axes, group.precision, real, group.resident)
-    buffer.shard = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
+    buffer.replace_shard(torch.zeros(layout.shard_numel, dtype=dtype, device=device))
     for index, (registration, local) in enumerate(zip(registrations, locals_, strict=True)):
         target = buffer.local(index, buffer.shard)
         target.copy_(local)
@@ -372,7 +372,7 @@ def copy_group(group: ShardGroup, homes_of: Callable[[Home], Home], copies: dict
             "before fully_shard"
         )
     buffer = _new_buffer(layout, group.axes, group.precision, group.buffer.device, group.resident)
-    buffer.shard = group.buffer.shard.detach().clone()
+    buffer.replace_shard(group.buffer.shard.detach().clone())
     if not group.resident:
         buffer.release()
     registrations = []
