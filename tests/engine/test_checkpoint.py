@@ -344,7 +344,7 @@ engine = unishard.initialize(model=torch.nn.Linear(4, 4), config={
     "optimizer": {"type": "AdamW", "params": {}}}).engine
 engine.save_on_signal(folder)
 engine.auto_resume(folder)
-print("from", engine.global_steps, flush=True)
+sys.stdout.write(f"from {engine.global_steps}\\n"); sys.stdout.flush()
 for step in range(engine.global_steps, 1000):
     if step == 5 and torch.distributed.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)

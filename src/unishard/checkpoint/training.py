@@ -166,6 +166,7 @@ def optimizer_entries(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.
     for key in keys_of(STATE, catalog.tensors):
         name, _, kind = key.rpartition(".")
         kinds.setdefault(name, []).append(kind)
+    optimizer.make_room(lambda piece: kinds.get(names.of(piece.group, piece.index), ()))
     contents = Contents()
     for piece in optimizer.pieces:
         name = names.of(piece.group, piece.index)

@@ -154,6 +154,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The kinds of state that the inner optimizer keeps, where that is known beforehand."""
         return self._flat.state_names()
 
+    def make_room(self, kinds: Callable[[Piece], Iterable[str]]) -> None:
+        """Before state is read into slots: each piece counts by itself, and keeps only the kinds that will be read."""
+        self._flat.separate()
+        for piece in self._pieces:
+            state = self.inner.state.get(piece.param) or {}
+            for name in set(state) - set(kinds(piece)):
+                value = state.pop(name)
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
     def state_slot(self, piece: Piece, name: str, dtype: torch.dtype, *, scalar: bool) -> torch.Tensor:
         """The state tensor `name` of one piece, made of zeros if there is none: 1-D as the piece, or a scalar."""
         if scalar:
@@ -336,7 +346,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def take_over(self, options: Mapping[int, Mapping[str, Any]]) -> None:
         """Continue with the options that a checkpoint has for each parameter group, by position; state is in place."""
-        self._flat.separate()
         for position, stored in options.items():
             group = self.inner.param_groups[position]
             group.update({name: value for name, value in stored.items() if name != "params"})
