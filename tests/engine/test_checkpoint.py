@@ -352,7 +352,7 @@ for step in range(engine.global_steps, 1000):
     engine.step()
     if step == 8:
         break
-print("to", engine.global_steps, flush=True)
+sys.stdout.write(f"to {engine.global_steps}\\n"); sys.stdout.flush()
 """
 
 
