@@ -173,6 +173,10 @@ class Communicator:
 
     # collectives -------------------------------------------------------------------------------------------
 
+    def _own_slice(self, full: torch.Tensor) -> torch.Tensor:
+        length = full.numel() // self.size
+        return full.narrow(0, self.rank * length, length)
+
     def _exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> list[Any]:
         """Post every send and receive at once; peers are ranks of this group. Bytes travel as they are."""
         tag = _FIRST_TAG + next(self._tags) % _TAG_SPAN
@@ -202,15 +206,14 @@ class Communicator:
         """
         if self.size == 1:
             return DONE
-        slices = full.chunk(self.size)
+        own = self._own_slice(full)
         if self.window is not None:
             plan = plan_flat(full.numel(), self.size, self.rank, full.element_size())[1]
-            part = GatherPart(slices[self.rank] if source is None else source, full, plan)
+            part = GatherPart(own if source is None else source, full, plan)
             return self.gather_in_place([part], op, label)
-        own = slices[self.rank]
         count(op, (self.size - 1) * own.numel() * own.element_size())
         if self.point_to_point:
-            peers = list(self._peers())
+            slices, peers = full.chunk(self.size), list(self._peers())
             return Works(self._exchange(dict.fromkeys(peers, own), {p: slices[p] for p in peers}))
         return Works([_all_gather(full, own, group=self.group, async_op=True)])
 
@@ -226,8 +229,7 @@ class Communicator:
 
         The sum may alias `full`, which belongs to the collective from here on. Sends (size - 1) * n elements.
         """
-        slices = full.chunk(self.size)
-        own = slices[self.rank]
+        own = self._own_slice(full)
         if self.size == 1:
             return Works([], lambda: finish(_widen(own)))
         count(op, (self.size - 1) * own.numel() * own.element_size())
@@ -239,7 +241,7 @@ class Communicator:
             whole = Contribution(sources, plan, 0, lambda: target, lambda: finish(total))
             return InPlaceReduce(self.window, [whole], encode_label(op, label))
         if self.point_to_point:
-            received = {p: torch.empty_like(own) for p in self._peers()}
+            slices, received = full.chunk(self.size), {p: torch.empty_like(own) for p in self._peers()}
             works = self._exchange({p: slices[p] for p in received}, received)
             # Summed in rank order, so that every layout of ranks rounds the same way.
             return Works(
