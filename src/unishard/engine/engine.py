@@ -15,7 +15,6 @@ from torch import nn
 
 from unishard.config import ResolvedConfig
 from unishard.dist.mesh import Axes
-from unishard.engine.checkpointing import Checkpoints
 from unishard.engine.save_load import SaveLoad
 from unishard.errors import StateError
 from unishard.observe.monitors import monitors_from_config
@@ -68,7 +67,6 @@ class Engine(SaveLoad):
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._last_loss = float("nan")
         self._monitors = monitors_from_config(config) if dist.get_rank() == 0 else []
-        self._checkpoints = Checkpoints(self)
         self.schedule.after_backward = self._after_backward
 
     # forward and backward -----------------------------------------------------------------------------------
@@ -213,7 +211,7 @@ class Engine(SaveLoad):
                     loss_scale=self.loss_scale,
                 )
             )
-        self._checkpoints.at_boundary()
+        self._checkpoint_boundary()
 
     def _has_gradients(self) -> bool:
         return any(group.gradients.touched for group in self.schedule.groups)

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unishard.engine.accessors import Accessors
-from unishard.engine.checkpointing import Checkpoints, save_16bit
 from unishard.errors import StateError
 
 if TYPE_CHECKING:
+    from unishard.engine.checkpointing import Checkpoints
     from unishard.engine.engine import Engine
 
 
 class SaveLoad(Accessors):
     """What `Engine` can do with checkpoints."""
 
-    _checkpoints: Checkpoints
+    _made_checkpoints: Checkpoints | None = None
     _syncs: bool
     _micro: int
     micro_steps: int
@@ -26,6 +26,20 @@ class SaveLoad(Accessors):
     def _as_engine(self) -> Engine:
         engine: Any = self
         return engine
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        # Made at first use: its imports would burden runs that save nothing.
+        if self._made_checkpoints is None:
+            from unishard.engine.checkpointing import Checkpoints
+
+            self._made_checkpoints = Checkpoints(self._as_engine())
+        return self._made_checkpoints
+
+    def _checkpoint_boundary(self) -> None:
+        """A step is over: raise what failed in the background; save and leave if a signal asked for it."""
+        if self._made_checkpoints is not None:
+            self._made_checkpoints.at_boundary()
 
     def save_checkpoint(
         self,
@@ -110,7 +124,8 @@ class SaveLoad(Accessors):
 
     def wait_for_checkpoints(self) -> None:
         """Return once every background save is committed. Raises what went wrong."""
-        self._checkpoints.queue.wait()
+        if self._made_checkpoints is not None:
+            self._made_checkpoints.queue.wait()
 
     def save_on_signal(
         self,
@@ -128,5 +143,7 @@ class SaveLoad(Accessors):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Write a plain state dict in the compute dtype, which `torch.load(weights_only=True)` reads; returns True."""
+        from unishard.engine.checkpointing import save_16bit
+
         save_16bit(self._as_engine(), save_dir, save_filename, exclude_frozen=exclude_frozen_parameters)
         return True
