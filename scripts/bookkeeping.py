@@ -1,7 +1,8 @@
 """What the engine itself costs in a step, without waiting for anybody, at any number of ranks.
 
-A fake process group stands for the others, and large collectives are replaced by nothing, since the fake group copies for
-each rank. The model's compute is subtracted by timing the same model plain. `python scripts/bookkeeping.py [--depth 24] [--ranks 8 64 512 1024]`
+A fake process group stands for the others, and large collectives are replaced by nothing, since the fake group
+copies for each rank. The model's compute is subtracted by timing the same model plain.
+`python scripts/bookkeeping.py [--depth 24] [--ranks 8 64 512 1024]`
 """
 
 from __future__ import annotations
