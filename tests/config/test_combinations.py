@@ -36,6 +36,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "buffer-dtypes-disagree": {"buffer_dtype": "fp32", "data_types": {"buffer_dtype": "bf16"}},
     "sharding-against-stage": {"sharding": "ZERO1"} | zero(stage=2),
     "param-gather-overlap-without-gather": {"overlap_param_gather": True} | zero(stage=3),
+    "offload-param-of-replicated-parameters": zero(
+        stage=2, offload_param={"device": "nvme", "nvme_path": "/nvme"}
+    ),
+    "offload-param-without-path": zero(stage=3, offload_param={"device": "nvme"}),
+    "offload-optimizer-without-path": zero(stage=3, offload_optimizer={"device": "nvme"}),
     "optimizer-in-backward-with-clipping": {"optimizer_in_backward": True, "gradient_clipping": 1.0},
     "optimizer-in-backward-with-fp16": {"optimizer_in_backward": True, "fp16": {"enabled": True}},
     "mics-and-hpz": zero(stage=3, mics_shard_size=2, zero_hpz_partition_size=2),

@@ -115,7 +115,6 @@ REFUSED_SECTIONS: dict[str, Any] = {
     "quantize_training": {"enabled": True},
     "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}},
     "nebula": {"enabled": True},
-    "aio": {"block_size": 4096},
     "flops_profiler": {"enabled": True},
     "autotuning": {"enabled": True},
     "data_efficiency": {"enabled": True},
@@ -129,13 +128,11 @@ REFUSED_SECTIONS: dict[str, Any] = {
     "comet": {"enabled": True},
     "comms_logger": {"enabled": True},
     "torch_autocast": {"enabled": True},
-    "zero_optimization.offload_param": {"device": "nvme"},
-    "zero_optimization.offload_optimizer": {"device": "cpu"},
     "zero_optimization.zenflow": {"topk_ratio": 0.2},
     "zero_optimization.leaf_module": {"names": ["experts"]},
 }
 NEUTRAL_SECTIONS = [
-    {"zero_optimization": {"offload_optimizer": {"device": "none", "pin_memory": True}}},
+    {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
     {"zero_optimization": {"offload_param": {"device": "none"}, "cpu_offload": False}},
     {"flops_profiler": {"enabled": False, "profile_step": 5}},
     {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}}},
@@ -158,6 +155,8 @@ CANDIDATES = [
     ["x"],
     [0.1, 0.2],
     "ZERO1",
+    "cpu",
+    0.5,
 ]
 
 

@@ -130,7 +130,8 @@ class Ranks:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(0.3)  # the handler writes within milliseconds; nothing signals that it has
+                # One after the other, into one file; nothing signals that the handler has written.
+                time.sleep(0.2)
 
     def kill(self) -> None:
         """End all ranks, whatever they do. The object is of no use afterwards."""

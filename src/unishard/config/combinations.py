@@ -145,6 +145,25 @@ COMBINATIONS: tuple[Combination, ...] = (
         "remove overlap_param_gather, or use sharding ZERO1 or ZERO2",
     ),
     Combination(
+        "offload-param-of-replicated-parameters",
+        "zero_optimization.offload_param.device",
+        lambda d: _offloads(d, "offload_param") and d.get("sharding") in _REPLICATED,
+        "with sharding {sharding} every rank computes with parameters that it holds whole between steps",
+        "use sharding ZERO3 or SHARD_GRAD_OP, whose shards can rest elsewhere, or offload_optimizer alone",
+    ),
+    *(
+        Combination(
+            f"{section.replace('_', '-')}-without-path",
+            f"zero_optimization.{section}.nvme_path",
+            lambda d, section=section: (
+                _offloads(d, section, "nvme") and not d.get(f"zero_optimization.{section}.nvme_path")
+            ),
+            f"{section}.device is nvme, and no nvme_path says where",
+            "set nvme_path to a folder on a local disk",
+        )
+        for section in ("offload_param", "offload_optimizer")
+    ),
+    Combination(
         "optimizer-in-backward-with-clipping",
         "optimizer_in_backward",
         lambda d: d.get("optimizer_in_backward") is True and d.number("gradient_clipping") > 0,
@@ -297,6 +316,13 @@ COMBINATIONS: tuple[Combination, ...] = (
 )
 
 _GATHERS_AFTER_STEP = ("ZERO1", "ZERO2", "HYBRID_ZERO1", "HYBRID_ZERO2")
+
+
+_REPLICATED = ("NO_SHARD", *_GATHERS_AFTER_STEP)
+
+
+def _offloads(draft: Draft, section: str, *devices: str) -> bool:
+    return draft.get(f"zero_optimization.{section}.device") in (devices or ("cpu", "nvme"))
 
 
 def subgroup_size(draft: Draft) -> int | None:

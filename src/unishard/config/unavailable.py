@@ -10,18 +10,6 @@ from typing import Annotated, Any, Literal
 from unishard.config.fields import Refused, Section, Translated, enabled, not_available
 
 
-class Aio(Section):
-    """`aio`: block I/O for NVMe offload."""
-
-    block_size: Any = 1048576
-    queue_depth: Any = 8
-    thread_count: Any = 1
-    intra_op_parallelism: Any = 1
-    single_submit: Any = False
-    overlap_events: Any = True
-    use_gds: Any = False
-
-
 class FlopsProfiler(Section):
     """`flops_profiler`."""
 
@@ -302,7 +290,6 @@ def _tensor_parallel(section: TensorParallel) -> bool:
 class UnavailableKeys(Section):
     """Top-level keys of what DeepSpeed has and this version has not."""
 
-    aio: Annotated[Aio, not_available("NVMe I/O", "remove the section: nothing is offloaded")] = Aio()
     flops_profiler: Annotated[
         FlopsProfiler,
         not_available("flops_profiler", "use torch.utils.flop_counter.FlopCounterMode", asks=enabled),

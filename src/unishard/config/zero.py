@@ -18,45 +18,14 @@ from unishard.config.fields import (
     Translated,
     not_available,
 )
+from unishard.config.offload import Aio, OffloadOptimizer, OffloadParam
 
-_ON_DEVICE = (
-    'keep it on the device: set device to "none", and lower memory with stage 3 and smaller micro-batches'
-)
+_OLD_OPTIMIZER = ("DeepSpeed removed this key", 'use offload_optimizer: {"device": "cpu"}')
+_OLD_PARAM = ("DeepSpeed removed this key", 'use offload_param: {"device": "cpu"}')
 _ZEROPP = "remove the key: parameters and gradients travel in communication_data_type"
 _GROUPS = "parameters and gradients travel in groups, usually one per transformer block, whatever this size"
 _ALWAYS_FLAT = Translated("gradients always land in one contiguous buffer per group")
 _COLLECTIVE = Translated("the collective follows from the sharding and the backend")
-
-
-def _offloads(section: Any) -> bool:
-    return section is not None and section.device not in ("none", "auto")
-
-
-class OffloadParam(Section):
-    """`zero_optimization.offload_param`: accepted with device "none"."""
-
-    device: Annotated[Literal["none", "cpu", "nvme"], Auto()] = "none"
-    nvme_path: Any = None
-    buffer_count: Any = 5
-    buffer_size: Any = 10**8
-    max_in_cpu: Any = 10**9
-    pin_memory: Any = True
-
-
-class OffloadOptimizer(Section):
-    """`zero_optimization.offload_optimizer`: accepted with device "none"."""
-
-    device: Annotated[Literal["none", "cpu", "nvme"], Auto()] = "none"
-    nvme_path: Any = None
-    buffer_count: Any = 4
-    pin_memory: Any = True
-    pipeline: Any = False
-    pipeline_read: Any = False
-    pipeline_write: Any = False
-    fast_init: Any = False
-    ratio: Any = 1.0
-    super_offload: Any = False
-    cpuadam_cores_perc: Any = 0.8
 
 
 class ZenFlow(Section):
@@ -109,7 +78,7 @@ class ReduceKeys(Section):
     ] = True
     legacy_stage1: Annotated[bool, Translated("there is one implementation of ZeRO-1")] = False
     round_robin_gradients: Annotated[
-        bool, Translated("it spreads copies to an offloaded optimizer, and nothing is offloaded")
+        bool, Translated("every rank has an equal part of each group, so none waits for another's copies")
     ] = False
     parameter_alignment: Annotated[bool, Translated("the layout of each group chooses its own padding")] = (
         False
@@ -171,27 +140,17 @@ class GatherKeys(Section):
 class OffloadKeys(Section):
     """Keys about states kept elsewhere than on the device, compressed communication and checkpoints."""
 
-    offload_param: Annotated[
-        OffloadParam | None, not_available("parameter offload", _ON_DEVICE, asks=_offloads)
-    ] = None
-    offload_optimizer: Annotated[
-        OffloadOptimizer | None, not_available("optimizer offload", _ON_DEVICE, asks=_offloads)
-    ] = None
-    cpu_offload: Annotated[
-        bool | None, not_available("optimizer offload", "set it to false", neutral=(False,))
-    ] = None
-    cpu_offload_param: Annotated[
-        bool | None, not_available("parameter offload", "set it to false", neutral=(False,))
-    ] = None
-    cpu_offload_params: Annotated[
-        bool | None, not_available("parameter offload", "set it to false", neutral=(False,))
-    ] = None
+    offload_param: Annotated[OffloadParam | None, Honoured()] = None
+    offload_optimizer: Annotated[OffloadOptimizer | None, Honoured()] = None
+    cpu_offload: Annotated[bool | None, Refused(*_OLD_OPTIMIZER, neutral=(False,))] = None
+    cpu_offload_param: Annotated[bool | None, Refused(*_OLD_PARAM, neutral=(False,))] = None
+    cpu_offload_params: Annotated[bool | None, Refused(*_OLD_PARAM, neutral=(False,))] = None
     cpu_offload_use_pin_memory: Annotated[
-        bool | None, Translated("nothing is offloaded, so nothing is pinned")
+        bool | None, Translated("memory that is copied from is pinned where there is an accelerator")
     ] = None
     zenflow: Annotated[ZenFlow | None, not_available("zenflow", "remove the section")] = None
     save_muon_momentum_buffer_in_memory: Annotated[
-        bool, Translated("nothing is offloaded, so optimizer states are always in memory")
+        bool, Translated("all state of the optimizer rests where offload_optimizer says")
     ] = False
     zero_quantized_weights: Annotated[bool, not_available("quantized gathering (ZeRO++)", _ZEROPP)] = False
     zero_quantized_nontrainable_weights: Annotated[
@@ -257,13 +216,14 @@ class ShardingKeys(Section):
     `overlap_param_gather` and `optimizer_in_backward`."""
 
     zero_optimization: ZeroOptimization = ZeroOptimization()
+    aio: Aio = Aio()
     sharding: Annotated[Preset | None, BeforeValidator(_preset_name), Honoured()] = None
     mesh: Annotated[Mesh | None, Honoured()] = None
     overlap_param_gather: Annotated[bool, Honoured()] = False
     optimizer_in_backward: Annotated[bool, Honoured()] = False
     zero_allow_untested_optimizer: Annotated[bool, Honoured()] = False
     zero_force_ds_cpu_optimizer: Annotated[
-        bool, Translated("it chooses between CPU optimizers, and nothing is offloaded")
+        bool, Translated("on the CPU known optimizers step through native kernels, others as they are")
     ] = True
     allgather_size: Annotated[Size | None, Translated("an old name of allgather_bucket_size; " + _GROUPS)] = (
         None

@@ -18,6 +18,7 @@ from unishard.dist.collectives import communicator
 from unishard.dist.mesh import Axes, axes_of, build_mesh, ensure_process_group
 from unishard.engine.data import build_dataloader
 from unishard.engine.engine import Engine
+from unishard.engine.tiers import build_tiers
 from unishard.errors import ConfigError, ShardingError
 from unishard.optim.base import build_optimizer
 from unishard.optim.elementwise import check_client_optimizer
@@ -96,7 +97,9 @@ def initialize(
     if rc.seed is not None:
         torch.manual_seed(rc.seed)
     client = _client_optimizer(optimizer, model_parameters, model, rc)
-    sharded = shard_in_place(model, ShardPlan(preset(rc.sharding), axes, _precision(rc), device))
+    tiers = build_tiers(rc, axes, device)
+    plan = ShardPlan(preset(rc.sharding), axes, _precision(rc), device, tiers=tiers)
+    sharded = shard_in_place(model, plan)
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc)
     scheduler = _scheduler(lr_scheduler, wrapped, rc)

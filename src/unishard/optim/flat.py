@@ -179,7 +179,7 @@ class FlatSteps:
     def release(self) -> None:
         """Let the optimizer step by itself again, or its state be replaced: the next step here takes it over anew."""
         self.separate()
-        self._flats.clear()
+        self._flats = {key: flat for key, flat in self._flats.items() if key[0].resting is not None}
 
     def separate(self) -> None:
         """Give every piece a step counter of its own; the next step here reads them anew."""
@@ -205,6 +205,16 @@ class FlatSteps:
             else:
                 state[name] = torch.zeros_like(piece.param, dtype=dtype)
         return state[name]
+
+    def names(self, group: ShardGroup) -> list[str]:
+        """The kinds of state that `group` has flat."""
+        return [name for owner, name in self._flats if owner is group]
+
+    def of(self, group: ShardGroup, name: str, like: torch.Tensor | None = None) -> torch.Tensor:
+        """The flat state of one kind; with `like`, made of zeros in its dtype if there is none."""
+        if like is not None and (group, name) not in self._flats:
+            self._flats[group, name] = _zeros(group, like.dtype)
+        return self._flats[group, name]
 
     # cohorts -----------------------------------------------------------------------------------------------
 
@@ -255,12 +265,17 @@ class FlatSteps:
         """Make a state tensor a view of the group's flat one, with the value it has."""
         key = piece.group, name
         if key not in self._flats:
-            self._flats[key] = torch.zeros_like(piece.group.buffer.shard)
+            self._flats[key] = _zeros(piece.group, piece.param.dtype)
         view = piece.group.buffer.local(piece.index, self._flats[key])
         known = state.get(name)
         if known is not None and known.data_ptr() != view.data_ptr():
             view.copy_(known)
         state[name] = view
+
+
+def _zeros(group: ShardGroup, dtype: torch.dtype) -> torch.Tensor:
+    shard = group.buffer.shard
+    return torch.zeros(shard.numel(), dtype=dtype, device=shard.device)
 
 
 def _ranges(pieces: Sequence[Piece]) -> Iterable[Range]:

@@ -16,6 +16,7 @@ from unishard.kernels import squared_norm
 from unishard.optim.clip import clip_factor, shard_norm
 from unishard.optim.flat import FlatSteps, Piece
 from unishard.optim.loss_scale import LossScale, NoLossScale
+from unishard.optim.resting import RestingSteps
 from unishard.sharding.group import ShardGroup, unshard_together
 from unishard.sharding.hooks import has_step_hooks
 from unishard.sharding.schedule import Schedule
@@ -106,6 +107,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._schedule = schedule
         self._pieces = list(pieces.made.values())
         self._flat = FlatSteps(inner, self._pieces)
+        self._resting = RestingSteps(inner, self._flat, self._pieces)
         self._stepped: list[ShardGroup] = []
         """Groups updated in backward, since the last `step()`."""
         self._stepped_norm = 0.0
@@ -294,7 +296,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         used = self._used(groups)
         if self.before_update is not None:
             self.before_update(groups)
-        if flat:
+
+        def update(members: Sequence[ShardGroup]) -> None:
+            self._step({group: used[group] for group in members}, factor if flat else None)
+
+        here, away = self._resting.split(groups)
+        if here:
+            update(here)
+        self._resting.run(away, lambda group: update([group]))
+
+    def _step(self, used: Mapping[ShardGroup, Set[int]], factor: float | None) -> None:
+        """Step the groups in `used`: with kernels by gradients times `factor`, or as the optimizer does."""
+        if factor is not None:
             self._flat.step(used, factor)
             return
         self._flat.release()
@@ -352,6 +365,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state over local pieces, and the loss scale."""
+        if self._resting.active:
+            raise UnsupportedError(
+                "state_dict() of an optimizer whose state rests on a tier would bring all of it into memory; save it "
+                "with engine.save_checkpoint(folder)"
+            )
         return {"inner": self.inner.state_dict(), "loss_scale": self._loss_scale.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -44,6 +44,8 @@ class GroupBuffer(ABC):
     """Whether `shard` is this rank's slice of a resident `full`: one memory, and nothing to copy before a gather."""
     copied: bool = False
     """Whether `copy_of_shard` was written since the last gather."""
+    compute_shard: torch.Tensor | None = None
+    """The shard in compute dtype, kept where master weights rest on a tier of their own."""
 
     def __init__(
         self,
@@ -118,7 +120,9 @@ class GroupBuffer(ABC):
         return self.comm.window is not None
 
     def _outgoing(self) -> torch.Tensor:
-        """The shard in compute dtype: the shard itself, or a fresh tensor."""
+        """The shard in compute dtype: the shard itself, its copy, or a fresh tensor."""
+        if self.compute_shard is not None:
+            return self.compute_shard
         return self.shard if self.master == self.compute else self.shard.to(self.compute)
 
     @abstractmethod
@@ -188,6 +192,14 @@ class GroupBuffer(ABC):
         written = self._shard_of(self.full)
         changed = written != self.shard.to(self.compute)
         self.shard.copy_(torch.where(changed, written.to(self.master), self.shard))
+        self.carry_over()
+
+    @torch.no_grad()
+    def carry_over(self) -> None:
+        """The shard was written: bring what rests in compute dtype up to date, unless the update did."""
+        if self.compute_shard is not None and not self.copied:
+            self.compute_shard.copy_(self.shard)
+        self.copied = self.copied and self.resident
 
     def replace_shard(self, shard: torch.Tensor) -> None:
         """Take other memory, or memory on another device, as the shard; one that is part of `full` takes the values."""
@@ -249,7 +261,7 @@ class FlatBuffer(GroupBuffer):
         """Put the shard where it belongs in `full`; returns a place where its values stay until they are read."""
         self.allocate()
         source = own = self._own(self.full)
-        if not self.aliased and not self.copied:
+        if not self.aliased and not (self.copied and self.resident):
             source = self._outgoing()
             own.copy_(source)
         self.copied = False
@@ -262,7 +274,7 @@ class FlatBuffer(GroupBuffer):
 
     @property
     def copy_of_shard(self) -> torch.Tensor | None:
-        return self._own(self.full) if self.resident and self.master != self.compute else None
+        return self._own(self.full) if self.resident and self.master != self.compute else self.compute_shard
 
     def shard_spans(self, rank: int) -> list[Span]:
         return [Span(p.index, p.param_start, p.shard_start, p.numel) for p in self.layout.pieces(rank)]

@@ -17,6 +17,7 @@ from unishard.sharding.hooks import StartSchedule, UnitHooks
 from unishard.sharding.layout import plan_layout
 from unishard.sharding.parameter import InPlaceParameter, ParameterRecord
 from unishard.sharding.placement import Placement, Sharding
+from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import GroupPrecision, MixedPrecision, resolve_precision
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.single import adopted
@@ -35,6 +36,7 @@ class ShardPlan:
     device: torch.device
     broadcast: bool = True
     """Start every rank from the first rank's weights; ranks with other seeds must not train a patchwork."""
+    tiers: Tiers = ON_DEVICE
 
 
 def split_by_kind(records: Sequence[ParameterRecord]) -> list[list[ParameterRecord]]:
@@ -89,6 +91,7 @@ def in_place_group(plan: ShardPlan) -> MakeGroup:
         registrations = [InPlaceParameter(r, view) for r, view in zip(records, buffer.views, strict=True)]
         group = ShardGroup(name, plan.sharding, plan.axes, precision, buffer, registrations)
         group.adopt()
+        group.rest(plan.tiers)
         return group
 
     return make

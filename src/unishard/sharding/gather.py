@@ -11,7 +11,7 @@ from torch import nn
 
 from unishard.dist.mesh import Axes
 from unishard.errors import ShardingError, StateError
-from unishard.sharding.group import ShardGroup
+from unishard.sharding.group import WEIGHTS, ShardGroup
 from unishard.sharding.schedule import in_backward
 from unishard.sharding.single import SingleShard, single_of
 from unishard.sharding.unit import Phase, all_units, units_under
@@ -116,7 +116,8 @@ def _check_rank(group: ShardGroup, rank: int | None) -> None:
 def _take_over(group: ShardGroup, rank: int) -> None:
     """Give every rank what `rank` wrote, and carry it into the shards."""
     broadcast_from(group.buffer.full, group.axes, rank)
-    group.buffer.absorb()
+    with group.in_memory(WEIGHTS, changed=True):
+        group.buffer.absorb()
     torch.autograd.graph.increment_version([group.buffer.shard])
     if group.resident:
         group.mark_current()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -13,10 +14,16 @@ from unishard.sharding.buffer import GroupBuffer
 from unishard.sharding.gradient import GroupGradients, Reduction
 from unishard.sharding.parameter import Registration
 from unishard.sharding.placement import Placement, Sharding
+from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import GroupPrecision, MixedPrecision
+from unishard.sharding.resting import Resting, is_absent
 
 COALESCE_BYTES = 1 << 18
 """Per rank. Below this, what an operation costs (some 50 us of calls and waiting) outweighs what it moves."""
+
+
+WEIGHTS = ("shard", "compute")
+"""The kinds of resting tensors that are parameters."""
 
 
 class ShardGroup:
@@ -49,6 +56,11 @@ class ShardGroup:
         self._gathered = False
         self._gathered_version = -1
         self._secondary: tuple[Communicator, torch.Tensor] | None = None
+        self.tiers = ON_DEVICE
+        self.resting: Resting | None = None
+        """What of this group rests on `tiers`."""
+        self._lent: Pending | None = None
+        """The gather for which the resting shard is in memory: peers may be reading it."""
         self.shown_whole = False
         self.held = False
         """Whether a `gather` block keeps the whole parameters in sight, whatever runs inside it."""
@@ -75,6 +87,64 @@ class ShardGroup:
         else:
             self.shown_whole = True
             self.show_sharded()
+
+    def rest(self, tiers: Tiers) -> None:
+        """From now on keep on `tiers` what they are for, and in memory only while it is used."""
+        buffer = self.buffer
+        mixed = buffer.master != buffer.compute
+        parameter = None if self.resident else tiers.parameter
+        shard = tiers.optimizer if mixed else parameter
+        if parameter is None and tiers.optimizer is None:
+            return
+        self.tiers, self.resting = tiers, Resting(self.name)
+        if mixed and not self.resident:
+            buffer.compute_shard = buffer.shard.to(buffer.compute)
+            if parameter is not None:
+                self.resting.add("compute", buffer.compute_shard, parameter)
+        if shard is not None and not buffer.aliased:
+            self.resting.add("shard", buffer.shard, shard)
+
+    @property
+    def _gathered_kinds(self) -> tuple[str, ...]:
+        """What of the resting tensors a gather reads."""
+        if self.resident and self.buffer.copied:
+            return ()
+        return ("shard",) if self.buffer.compute_shard is None else ("compute",)
+
+    def begin_reading(self) -> None:
+        """Start bringing a resting shard into memory, for a gather that will come."""
+        if self.resting is not None and not self.is_whole:
+            self.resting.prefetch(self._gathered_kinds)
+
+    @contextmanager
+    def in_memory(self, kinds: Iterable[str] | None = None, *, changed: bool) -> Iterator[None]:
+        """Resting tensors of `kinds`, by default all and the optimizer's too, are in memory inside the block."""
+        if self.resting is None:
+            yield
+            return
+        with self.resting.opened(kinds, changed=changed):
+            yield
+        self.resting.settle()
+
+    def _gather_resting(self, resting: Resting) -> Pending:
+        kinds = self._gathered_kinds
+        resting.open(kinds)
+        pending = self.buffer.gather(self.name)
+        if self.resident:
+            # What is sent lies in `full`, or in a cast of its own.
+            resting.close(kinds, changed=False)
+            resting.settle()
+        else:
+            self._lent = pending
+        return pending
+
+    def _take_back(self) -> None:
+        """Peers have read the shard: it may leave memory again."""
+        pending, self._lent = self._lent, None
+        if pending is not None and self.resting is not None:
+            pending.release()
+            self.resting.close(self._gathered_kinds, changed=False)
+            self.resting.settle()
 
     @property
     def stale(self) -> bool:
@@ -103,6 +173,8 @@ class ShardGroup:
                 self.buffer.full.chunk(comm.size)[comm.rank].copy_(piece)
             self._pending = comm.all_gather(self.buffer.full, label=self.name, source=piece)
             self._secondary = None
+        elif self.resting is not None:
+            self._pending = self._gather_resting(self.resting)
         else:
             self._pending = self.buffer.gather(self.name)
 
@@ -121,7 +193,8 @@ class ShardGroup:
     @property
     def joins_gathers(self) -> bool:
         """Whether this group is so small that it is better gathered together with others."""
-        return self.shard_bytes < COALESCE_BYTES and self._secondary is None and self.buffer.reads_in_place
+        alone = self._secondary is not None or self.resting is not None
+        return self.shard_bytes < COALESCE_BYTES and not alone and self.buffer.reads_in_place
 
     def wait(self) -> None:
         """Finish the gather and show the whole parameters in their modules."""
@@ -159,6 +232,7 @@ class ShardGroup:
             self._secondary = (keep_within, piece)
         self.buffer.release()
         self._gathered = False
+        self._take_back()
 
     def mark_current(self) -> None:
         """What is gathered and the shard were written alike."""
@@ -202,7 +276,9 @@ class ShardGroup:
     @property
     def persistent_bytes(self) -> dict[str, int]:
         """Bytes this rank holds between steps, by kind."""
-        shard = self.buffer.shard.numel() * self.buffer.shard.element_size()
+        shard = 0 if is_absent(self.buffer.shard) else self.buffer.shard.nbytes
+        copy = self.buffer.compute_shard
+        shard += 0 if copy is None or is_absent(copy) else copy.nbytes
         full = self.buffer.full.numel() * self.buffer.full.element_size() if self.resident else 0
         gradient = self.gradients.shard
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from unishard.sharding.group import ShardGroup
 from unishard.sharding.init import ParamInit, fill_module, materialize, require_initializable
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.unit import ShardUnit, units_under
-from unishard.sharding.wrap import assign_parameters, choose_modules
+from unishard.sharding.wrap import ChosenUnit, assign_parameters, choose_modules
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,13 @@ def shard_in_place(
 
     # Inputs and outputs are cast once, at the root; blocks pass compute dtypes among themselves.
     inner = replace(plan, policy=replace(plan.policy, cast_forward_inputs=False, output_dtype=None))
+    total = sum(_elements(choice) for choice in chosen)
+    placed = 0
     for choice in chosen:
         name, its = (choice.name, inner) if choice.name else (type(model).__name__, plan)
+        if placed >= plan.tiers.ratio * total:
+            its = replace(its, tiers=replace(plan.tiers, optimizer=None))
+        placed += _elements(choice)
         materialize(choice.records, plan.device, param_init_fn)
         units.append(build_unit(name, [choice.module], choice.records, its, in_place_group(its), started))
     for module in model.modules():
@@ -72,6 +78,10 @@ def shard_in_place(
         unit.schedule = schedule
     broadcast_buffers(model, plan.axes)
     return ShardedModel(model, schedule)
+
+
+def _elements(choice: ChosenUnit) -> int:
+    return sum(prod(record.shape) for record in choice.records)
 
 
 @torch.no_grad()

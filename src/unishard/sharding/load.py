@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from unishard.dist.agree import agree
 from unishard.dist.collectives import SOLO, Communicator
 from unishard.errors import ShardingError
 from unishard.sharding.dim_layout import DimLayout
-from unishard.sharding.group import ShardGroup
+from unishard.sharding.group import WEIGHTS, ShardGroup
 from unishard.sharding.layout import Piece, matrix_shape
 from unishard.sharding.unit import units_under
 
@@ -75,8 +75,7 @@ def load_safetensors(
         targets = _targets(model)
         chosen = _match(stored, targets, strict, comm, str(path))
         with agree(comm, f"read {path}"), torch.no_grad():
-            for name, target in chosen.items():
-                _read(stored[name], target)
+            _read_all(stored, chosen)
     for group in groups:
         group.forget_gathered()
         torch.autograd.graph.increment_version([group.buffer.shard])
@@ -145,6 +144,19 @@ def _match(
         if rows:
             raise ShardingError(f"{path} does not fit the model:\n" + "\n".join(rows))
     return chosen
+
+
+def _read_all(stored: Mapping[str, Any], chosen: Mapping[str, Target]) -> None:
+    """Group by group: weights that rest on a tier are in memory for one group at a time."""
+    by_group: dict[ShardGroup | None, list[tuple[str, Target]]] = {}
+    for name, target in chosen.items():
+        by_group.setdefault(target.group, []).append((name, target))
+    for group, members in by_group.items():
+        with nullcontext() if group is None else group.in_memory(WEIGHTS, changed=True):
+            for name, target in members:
+                _read(stored[name], target)
+            if group is not None:
+                group.buffer.carry_over()
 
 
 def _read(source: Any, target: Target) -> None:

@@ -8,6 +8,7 @@ never becomes ready is reduced at the end of backward with zeros in the gaps.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -349,12 +350,16 @@ def _find(sequence: Sequence[ShardUnit], unit: ShardUnit, start: int) -> int | N
 
 
 def _unshard_ahead(units: Sequence[ShardUnit]) -> None:
-    """Gather the first of `units`; if it is small, those after it too until it pays."""
+    """Gather the first of `units`; if it is small, those after it too until it pays. Read the one behind from its tier."""
     ahead: list[ShardGroup] = []
-    for unit in units:
+    rest = iter(units)
+    for unit in rest:
         ahead += unit.groups
         if not all(group.joins_gathers for group in unit.groups):
             break
         if sum(group.shard_bytes for group in ahead) >= group_module.COALESCE_BYTES:
             break
     unshard_together(ahead)
+    for unit in itertools.islice(rest, 1):
+        for group in unit.groups:
+            group.begin_reading()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unishard.sharding.group import ShardGroup
+from unishard.sharding.group import WEIGHTS, ShardGroup
 from unishard.testing.models import MODELS, Batch, ToyModel
+from unishard.testing.tiers import resting_late
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BOUNDS = {"fp32": 2e-5, "bf16": 0.1, "fp16": 0.02}
@@ -38,6 +40,8 @@ class ParityCase:
     dtype: str = "fp32"
     optimizer: str = "AdamW"
     steps: int = 4
+    offload: str = ""
+    """What rests on a tier: "optimizer", "parameter", or both joined by "+"; config door only."""
 
 
 @dataclass
@@ -93,6 +97,8 @@ def norm(tensors: Iterable[Tensor]) -> float:
 def _new_optimizer(case: ParityCase, params: Iterable[Tensor]) -> torch.optim.Optimizer:
     if case.optimizer == "SGD":
         return torch.optim.SGD(params, lr=LEARNING_RATE, momentum=0.9)
+    if case.optimizer == "torch.optim.NAdam":
+        return torch.optim.NAdam(params, lr=LEARNING_RATE, eps=EPS)
     return torch.optim.AdamW(params, lr=LEARNING_RATE, weight_decay=0.1, eps=EPS)
 
 
@@ -144,7 +150,8 @@ def train_config_door(model: ToyModel, case: ParityCase) -> Run:
 
     names = {id(p): name for name, p in model.named_parameters()}
     params: dict[str, float] = {"lr": LEARNING_RATE}
-    params.update({"momentum": 0.9} if case.optimizer == "SGD" else {"weight_decay": 0.1, "eps": EPS})
+    own = {"SGD": {"momentum": 0.9}, "torch.optim.NAdam": {"eps": EPS}}
+    params.update(own.get(case.optimizer, {"weight_decay": 0.1, "eps": EPS}))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": case.accumulation,
@@ -159,7 +166,8 @@ def train_config_door(model: ToyModel, case: ParityCase) -> Run:
         config[case.dtype] = {"enabled": True}
     if case.dtype == "fp16":
         config["fp16"]["initial_scale_power"] = 6
-    engine, optimizer, _, _ = unishard.initialize(model=model, config=config)
+    with resting_late(case.offload) if case.offload else nullcontext() as tier:
+        engine, optimizer, _, _ = unishard.initialize(model=model, config=config)
     run = Run({}, [])
     optimizer.before_update = lambda groups: run.gradients.append(whole_gradients(groups, names))
     for step in range(case.steps):
@@ -168,6 +176,8 @@ def train_config_door(model: ToyModel, case: ParityCase) -> Run:
             engine.backward(model.loss(engine(inputs), targets))
             engine.step()
     run.weights = whole_weights(engine.schedule.groups, names)
+    if tier is not None and (tier.lent or not tier.calls):
+        raise AssertionError(f"{case}: {tier.lent} buffers were not given back, {len(tier.calls)} calls")
     return run
 
 
@@ -181,11 +191,14 @@ def _whole(group: ShardGroup, shard: Tensor) -> list[Tensor]:
 
 def whole_weights(groups: Iterable[ShardGroup], names: dict[int, str]) -> dict[str, Tensor]:
     """Master weights by name, gathered from flat shards."""
-    return {
-        names[id(r.visible)]: value.detach()
-        for g in groups
-        for r, value in zip(g.registrations, _whole(g, g.buffer.shard), strict=True)
-    }
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        with group.in_memory(WEIGHTS, changed=False):
+            values = _whole(group, group.buffer.shard)
+        found |= {
+            names[id(r.visible)]: value.detach() for r, value in zip(group.registrations, values, strict=True)
+        }
+    return found
 
 
 def whole_gradients(groups: Iterable[ShardGroup], names: dict[int, str]) -> dict[str, Tensor]:

@@ -1,0 +1,48 @@
+"""From the configuration to the tiers that a model's states rest on."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from unishard.config import ResolvedConfig
+from unishard.dist.agree import agree
+from unishard.dist.collectives import communicator
+from unishard.dist.mesh import Axes
+from unishard.sharding.ports import ON_DEVICE, Tier, Tiers
+
+log = logging.getLogger("unishard")
+
+
+def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
+    """Open what `offload_param` and `offload_optimizer` ask for. All ranks call together; raises on all or on none."""
+    zero = rc.zero_optimization
+    parameter, optimizer = zero.offload_param, zero.offload_optimizer
+    if not any(section is not None and section.device != "none" for section in (parameter, optimizer)):
+        return ON_DEVICE
+    with agree(communicator(dist.group.WORLD), "open the tiers of offloaded state"):
+        return Tiers(
+            _tier(parameter, rc, device),
+            _tier(optimizer, rc, device),
+            1.0 if optimizer is None else optimizer.ratio,
+        )
+    raise AssertionError("agree raises or lets the block return")
+
+
+def _tier(section: Any, rc: ResolvedConfig, device: torch.device) -> Tier | None:
+    if section is None or section.device == "none":
+        return None
+    if section.device == "cpu":
+        if device.type == "cpu":
+            if dist.get_rank() == 0:
+                log.info("unishard: offload to cpu: the model computes on the CPU, so its state is there already")
+            return None
+        from unishard.offload.cpu import CpuTier
+
+        return CpuTier(device)
+    from unishard.offload.nvme import NvmeTier
+
+    return NvmeTier(section.nvme_path, block_size=rc.aio.block_size, queue_depth=rc.aio.queue_depth)

@@ -1,0 +1,166 @@
+"""Flat tensors of one group that rest on a tier between uses, and are in memory only while somebody uses them.
+
+A resting tensor stays the same Python object. Away, it shows NaN in every element and has no memory of its own, so that
+whoever reads it without opening it first cannot take it for data.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from unishard.errors import StateError
+from unishard.sharding.ports import Ticket, Tier
+
+
+def absent(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a resting tensor shows while it is away: `numel` elements over the memory of one.
+
+    >>> absent(3, torch.float32)
+    tensor([nan, nan, nan])
+    """
+    fill = float("nan") if dtype.is_floating_point else 0
+    return torch.full((1,), fill, dtype=dtype).expand(numel)
+
+
+def is_absent(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` has elements and no memory of their own."""
+    return tensor.dim() == 1 and tensor.numel() > 1 and tensor.stride(0) == 0
+
+
+@dataclass
+class _Item:
+    """One flat tensor. `memory` is its buffer while it is here, is being read, or is being written."""
+
+    tensor: torch.Tensor
+    tier: Tier
+    key: str
+    memory: torch.Tensor | None = None
+    reading: Ticket | None = None
+    writing: Ticket | None = None
+    users: int = 0
+    changed: bool = False
+
+
+_serials = itertools.count()
+
+
+class Resting:
+    """The resting tensors of one group, by kind: `shard`, `compute`, and the optimizer's kinds of state.
+
+    `open` and `close` are counted: a tensor leaves when its last user closes it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # A module's groups of several dtypes have one name.
+        self._serial = next(_serials)
+        self._items: dict[str, _Item] = {}
+
+    @property
+    def kinds(self) -> Collection[str]:
+        return self._items.keys()
+
+    def add(self, kind: str, tensor: torch.Tensor, tier: Tier) -> None:
+        """Store `tensor` (1-D, contiguous) and take it out of memory; returns once it is stored."""
+        if kind in self._items:
+            raise StateError(f"{self.name}: {kind} rests on a tier already")
+        item = _Item(tensor, tier, f"{self.name}/{kind}#{self._serial}")
+        memory = tier.buffer(tensor.numel(), tensor.dtype)
+        memory.copy_(tensor.detach())
+        tier.wait(tier.store(item.key, memory))
+        tier.recycle(memory)
+        self._items[kind] = item
+        tensor.data = absent(tensor.numel(), tensor.dtype)
+
+    def prefetch(self, kinds: Iterable[str] | None = None) -> None:
+        """Begin to read what is away; `open` then waits less."""
+        for item in self._of(kinds):
+            if item.memory is None:
+                item.memory = item.tier.buffer(item.tensor.numel(), item.tensor.dtype)
+                item.reading = item.tier.fetch(item.key, item.memory)
+
+    def open(self, kinds: Iterable[str] | None = None) -> None:
+        """Bring tensors into memory. Raises `OffloadError` if what is read is not what was written."""
+        wanted = list(self._of(kinds))
+        self.prefetch(kinds)
+        for item in wanted:
+            self._arrive(item)
+        for item in wanted:
+            item.users += 1
+
+    def _arrive(self, item: _Item) -> None:
+        """Finish a read; a write under way may go on, it reads the same memory."""
+        if item.reading is not None:
+            ticket, item.reading = item.reading, None
+            try:
+                item.tier.wait(ticket)
+            except BaseException:
+                item.memory = None
+                raise
+        self._settle_write(item)
+        if item.users == 0 and item.memory is not None:
+            item.tensor.data = item.memory
+
+    def close(self, kinds: Iterable[str] | None = None, *, changed: bool) -> None:
+        """End a use; the last one sends tensors that changed back, and drops the others."""
+        for item in self._of(kinds):
+            item.users -= 1
+            item.changed |= changed
+            if item.users == 0:
+                self._leave(item)
+
+    def _leave(self, item: _Item) -> None:
+        item.tensor.data = absent(item.tensor.numel(), item.tensor.dtype)
+        if item.memory is None:
+            return
+        if item.changed:
+            item.writing = item.tier.store(item.key, item.memory)
+            item.changed = False
+        else:
+            item.tier.recycle(item.memory)
+            item.memory = None
+
+    def settle(self) -> None:
+        """Return once everything that left is stored, and its memory is free."""
+        for item in self._items.values():
+            self._settle_write(item)
+            if item.users == 0 and item.reading is None and item.memory is not None and not item.changed:
+                item.tier.recycle(item.memory)
+                item.memory = None
+
+    def _settle_write(self, item: _Item) -> None:
+        if item.writing is not None:
+            ticket, item.writing = item.writing, None
+            try:
+                item.tier.wait(ticket)
+            except BaseException:
+                # Memory has the only copy of these values now: the next close tries again.
+                item.changed = True
+                raise
+
+    @contextmanager
+    def opened(self, kinds: Iterable[str] | None = None, *, changed: bool) -> Iterator[None]:
+        """Tensors in memory inside the block. What was written in a block that raises is written back all the same."""
+        known = list(self._names(kinds))
+        self.open(known)
+        try:
+            yield
+        finally:
+            self.close(known, changed=changed)
+
+    def _names(self, kinds: Iterable[str] | None) -> Iterable[str]:
+        return [k for k in (self._items if kinds is None else kinds) if k in self._items]
+
+    def _of(self, kinds: Iterable[str] | None) -> Iterator[_Item]:
+        for kind in self._names(kinds):
+            yield self._items[kind]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors here, wherever they are."""
+        return sum(i.tensor.numel() * i.tensor.element_size() for i in self._items.values())
