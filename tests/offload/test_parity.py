@@ -27,7 +27,9 @@ def cases(preset: str) -> Iterator[ParityCase]:
             # No kernel knows it: it steps through torch, on tensors that are put in place for it.
             ("transformer", 1, 0.1, "bf16", "torch.optim.NAdam"),
         ):
-            yield ParityCase(model, preset, "config", accumulation, clipping, dtype, optimizer, offload=offload)
+            yield ParityCase(
+                model, preset, "config", accumulation, clipping, dtype, optimizer, offload=offload
+            )
 
 
 def run_cases(preset: str) -> None:

@@ -10,9 +10,7 @@ from unishard.config.fields import Auto, Count, Honoured, Section, Size, Transla
 
 _PINNED = Translated("memory that is copied from is pinned where there is an accelerator")
 _BUFFERS = Translated("one group is read ahead and one is written behind, in buffers of the groups' sizes")
-_PIPELINED = Translated(
-    "the next group is read and the one before written back while one is updated, always"
-)
+_PIPELINED = Translated("the next group is read and the one before written back while one is updated, always")
 Device = Annotated[Literal["none", "cpu", "nvme"], Auto(), Honoured()]
 
 
@@ -40,7 +38,9 @@ class OffloadOptimizer(Section):
     pipeline: Annotated[bool, _PIPELINED] = False
     pipeline_read: Annotated[bool, _PIPELINED] = False
     pipeline_write: Annotated[bool, _PIPELINED] = False
-    fast_init: Annotated[bool, Translated("state is made of zeros at the first step, without reading any")] = False
+    fast_init: Annotated[
+        bool, Translated("state is made of zeros at the first step, without reading any")
+    ] = False
     ratio: Annotated[float, Field(ge=0, le=1), Honoured()] = 1.0
     super_offload: Annotated[bool, not_available("super_offload", "set it to false")] = False
     cpuadam_cores_perc: Annotated[

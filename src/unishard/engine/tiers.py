@@ -38,7 +38,9 @@ def _tier(section: Any, rc: ResolvedConfig, device: torch.device) -> Tier | None
     if section.device == "cpu":
         if device.type == "cpu":
             if dist.get_rank() == 0:
-                log.info("unishard: offload to cpu: the model computes on the CPU, so its state is there already")
+                log.info(
+                    "unishard: offload to cpu: the model computes on the CPU, so its state is there already"
+                )
             return None
         from unishard.offload.cpu import CpuTier
 

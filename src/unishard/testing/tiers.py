@@ -70,9 +70,6 @@ def resting_late(parts: str, ratio: float = 1.0) -> Iterator[LateTier]:
     # `unishard.engine.initialize` is also the name of the function inside.
     initialize = importlib.import_module("unishard.engine.initialize")
     tier = LateTier()
-    chosen = Tiers(
-        tier if "parameter" in parts else None, tier if "optimizer" in parts else None, ratio
-    )
+    chosen = Tiers(tier if "parameter" in parts else None, tier if "optimizer" in parts else None, ratio)
     with mock.patch.object(initialize, "build_tiers", lambda *_: chosen):
         yield tier
-
