@@ -71,5 +71,5 @@ def resting_late(parts: str, ratio: float = 1.0) -> Iterator[LateTier]:
     initialize = importlib.import_module("unishard.engine.initialize")
     tier = LateTier()
     chosen = Tiers(tier if "parameter" in parts else None, tier if "optimizer" in parts else None, ratio)
-    with mock.patch.object(initialize, "build_tiers", lambda *_: chosen):
+    with mock.patch.object(initialize, "build_tiers", return_value=chosen):
         yield tier
