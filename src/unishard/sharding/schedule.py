@@ -350,7 +350,7 @@ def _find(sequence: Sequence[ShardUnit], unit: ShardUnit, start: int) -> int | N
 
 
 def _unshard_ahead(units: Sequence[ShardUnit]) -> None:
-    """Gather the first of `units`; if it is small, those after it too until it pays. Read the one behind from its tier."""
+    """Gather the first of `units`; if it is small, those after it too until it pays; begin to read the one behind."""
     ahead: list[ShardGroup] = []
     rest = iter(units)
     for unit in rest:
