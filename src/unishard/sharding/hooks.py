@@ -71,12 +71,13 @@ class UnitHooks:
 
     def _on_complete(self, group: ShardGroup) -> None:
         unit = self.unit
-        if unit.reduce_gradients:
-            self.schedule.queue.ready(group)
         if unit.reshard_after_backward and not unit.has_frozen:
-            # Every use of every parameter has been differentiated: autograd accumulates a gradient only then.
+            # Every use of every parameter has been differentiated: autograd accumulates a gradient only then. Before
+            # the reduction, which waits for others with their gradients in memory.
             group.reshard()
             unit.phase = Phase.RESTING
+        if unit.reduce_gradients:
+            self.schedule.queue.ready(group)
 
     # forward -----------------------------------------------------------------------------------------------
 
