@@ -58,3 +58,7 @@ class CheckpointError(UnishardError, RuntimeError):
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint whose bytes are not those that were written: truncated, changed, or with files missing."""
+
+
+class OffloadError(UnishardError, RuntimeError):
+    """State that rests outside the device cannot be stored or read back as it was stored."""
