@@ -39,8 +39,22 @@ class SavedActivation:
         self.dtype, self.device = tensor.dtype, tensor.device
         self.numel = dense.numel()
         self.reading: _Reading | None = None
-        self.back: weakref.ref[torch.Tensor] | None = None
-        """The tensor that came back, while somebody uses it: it was saved once for several."""
+        self.uses = 1
+        """How many operations saved it; backward asks for it as often."""
+        self._given = 0
+        self._kept: torch.Tensor | None = None
+        self._back: weakref.ref[torch.Tensor] | None = None
+
+    def back(self) -> torch.Tensor | None:
+        """The tensor that came back, while somebody uses it or is going to."""
+        return self._back() if self._back is not None else None
+
+    def give(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count one use, and keep the tensor until the last."""
+        self._given += 1
+        self._kept = tensor if self._given % self.uses else None
+        self._back = weakref.ref(tensor)
+        return tensor
 
     def __del__(self) -> None:
         # The collector may run anywhere, inside the tier too: whoever calls the store next discards.
@@ -82,6 +96,7 @@ class ActivationStore:
             # Several operations saved the same activation: it travels once.
             known = storing.saved()
             if known is not None and _same(storing, tensor):
+                known.uses += 1
                 return known
         while len(self._storing) >= self._in_flight:
             self._end_oldest()
@@ -125,7 +140,7 @@ class ActivationStore:
             saved = earlier()
             if saved is not None and self._at_hand(saved) is None:
                 self._start_reading(saved)
-        return self._finish(packed) if back is None else back
+        return packed.give(self._finish(packed) if back is None else back)
 
     def _at_hand(self, saved: SavedActivation) -> torch.Tensor | None:
         """The activation itself, if it has not left yet or is back for another operation."""
@@ -133,9 +148,8 @@ class ActivationStore:
             oldest = self._storing[0]
             self._end_oldest()  # whatever was sent before is there as well
             if oldest.saved() is saved:
-                saved.back = weakref.ref(oldest.tensor)
                 return oldest.tensor
-        return saved.back() if saved.back is not None else None
+        return saved.back()
 
     def _start_reading(self, saved: SavedActivation) -> None:
         if saved.reading is None:
@@ -151,9 +165,7 @@ class ActivationStore:
         reading, saved.reading = saved.reading, None
         assert reading is not None  # started above
         self.tier.wait(reading.ticket)
-        tensor = reading.memory.as_strided(saved.shape, saved.strides)
-        saved.back = weakref.ref(tensor)
-        return tensor
+        return reading.memory.as_strided(saved.shape, saved.strides)
 
     def _discard_unneeded(self) -> None:
         while self.unneeded:

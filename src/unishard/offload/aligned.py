@@ -50,7 +50,8 @@ def aligned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
 def carve(buffer: torch.Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
     """Views of `buffer` (bytes), one for each (numel, dtype), each at the start of a page.
 
-    >>> [view.storage_offset() for view in carve(aligned_empty(8192, torch.uint8), [(3, torch.float32), (1, torch.int8)])]
+    >>> views = carve(aligned_empty(8192, torch.uint8), [(3, torch.float32), (1, torch.int8)])
+    >>> [view.data_ptr() - views[0].data_ptr() for view in views]
     [0, 4096]
     """
     views, start = [], 0

@@ -142,9 +142,9 @@ class BaseTier(ABC, Generic[E]):
         fits = tensor.dim() == 1 and tensor.numel() == entry.numel and tensor.dtype == entry.dtype
         if not fits or not tensor.is_contiguous():
             raise OffloadError(
-                f"{self.name} tier: {key} holds {entry.numel} elements of {entry.dtype}, and the tensor given for it is "
-                f"of shape {tuple(tensor.shape)} and {tensor.dtype}, strides {tensor.stride()}; pass a flat contiguous "
-                "one of that length and dtype"
+                f"{self.name} tier: {key} holds {entry.numel} elements of {entry.dtype}, and the tensor given for it "
+                f"is of shape {tuple(tensor.shape)} and {tensor.dtype}, strides {tensor.stride()}; pass a flat "
+                "contiguous one of that length and dtype"
             )
         self._settle(key, reads_too=writes)
         if entry.lost is not None and not writes:

@@ -1,4 +1,4 @@
-"""Host memory as a tier (ZeRO-Offload): page-locked under a budget where there is an accelerator to copy from and to."""
+"""Host memory as a tier (ZeRO-Offload): page-locked under a budget where an accelerator copies from and to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several tiers as one: keys go to the first that has room. A fraction on the device, some in memory, the rest on disk."""
+"""Several tiers as one, filled in order: a fraction on the device, some in host memory, the rest on disk."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ class NvmeTier(BaseTier[_Extent]):
         super().__init__()
         if block <= 0 or block % PAGE or depth <= 0:
             raise OffloadError(
-                f"nvme tier: block={block}, depth={depth}; block has to be a multiple of {PAGE} bytes, and depth at least 1"
+                f"nvme tier: block={block}, depth={depth}; block has to be a multiple of {PAGE} bytes, and "
+                "depth at least 1"
             )
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.transfers = transfers or best_transfers(block, depth)

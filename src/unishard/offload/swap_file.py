@@ -80,7 +80,7 @@ class SwapFile:
                 raise OSError(errno.EINVAL, "this system has no O_DIRECT")
             fcntl.fcntl(self.descriptor, fcntl.F_SETFL, before | O_DIRECT)
             page = aligned_empty(PAGE, torch.uint8)
-            os.pwrite(self.descriptor, memoryview(page.zero_().numpy()), 0)
+            os.pwrite(self.descriptor, page.zero_().numpy().data, 0)
         except OSError as error:
             if error.errno not in _NO_DIRECT:
                 raise self.refusal(error, "", "written") from error
@@ -97,7 +97,7 @@ class SwapFile:
     # extents -----------------------------------------------------------------------------------------------
 
     def take(self, key: str, nbytes: int) -> int:
-        """The offset of room for `nbytes`, which the file system has set aside. Raises `OffloadError` if it has none."""
+        """The offset of room for `nbytes`, set aside by the file system. Raises `OffloadError` if it has none."""
         size = padded(nbytes)
         if size == 0:
             return 0

@@ -117,7 +117,7 @@ class PythonTransfers:
     def start(
         self, place: Place, tensor: torch.Tensor, checksums: torch.Tensor, *, writes: bool
     ) -> list[Future[Outcome]]:
-        memory, sums = _bytes_of(tensor), memoryview(checksums.numpy())
+        memory, sums = _bytes_of(tensor), _bytes_of(checksums).cast("q")
         move = _write_block if writes else _read_block
         return [
             self._threads.submit(move, place, memory[start : start + self.block], start, sums, index)
@@ -201,7 +201,8 @@ def _native_is_there() -> bool:
     except ImportError as error:
         _log.warning(
             "nvme tier: transfers run on Python threads, slower and with more processor time, since the compiled "
-            "extension is not there (%s); install a wheel of unishard, or reinstall it where a C++17 compiler is at hand",
+            "extension is not there (%s); install a wheel of unishard, or reinstall it where a C++17 compiler is at "
+            "hand",
             error,
         )
         return False

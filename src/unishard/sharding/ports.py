@@ -62,7 +62,7 @@ class Tier(Protocol):
         ...
 
     def store(self, key: str, tensor: torch.Tensor) -> Ticket:
-        """Start writing `tensor`, shape (numel,), contiguous, of the key's dtype; it must not change until waited for."""
+        """Start writing `tensor`, shape (numel,), contiguous, of the key's dtype; it may change once waited for."""
         ...
 
     def wait(self, ticket: Ticket) -> torch.Tensor:
