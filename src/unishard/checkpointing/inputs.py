@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch.utils import _pytree as pytree
@@ -150,7 +150,7 @@ class Inputs:
         return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
-def _moves(leaf: Any) -> bool:
+def _moves(leaf: Any) -> TypeGuard[torch.Tensor]:
     return (
         type(leaf) is torch.Tensor
         and leaf.requires_grad

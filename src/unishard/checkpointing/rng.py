@@ -135,8 +135,7 @@ class Draws:
     def again(self) -> Iterator[None]:
         """Inside, generators start from there; afterwards they go on from where they were."""
         named = _tracker.get_states()
-        options = {} if self._device_type is None else {"device_type": self._device_type}
-        with torch.random.fork_rng(self._devices, **options):
+        with torch.random.fork_rng(self._devices, device_type=self._device_type or "cuda"):
             torch.set_rng_state(self._cpu)
             if self._device_type is not None:
                 set_device_states(self._devices, self._states, device_type=self._device_type)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import importlib
 import logging
 import os
 import zlib
@@ -78,10 +79,8 @@ class NativeTransfers:
     """Blocks are moved by `depth` threads of the extension, which wait in the kernel without Python's lock."""
 
     def __init__(self, block: int, depth: int) -> None:
-        from unishard import _native
-
         self.block = block
-        self._swap: Any = _native.Swap(depth, block)
+        self._swap = _native().Swap(depth, block)
 
     def start(self, place: Place, tensor: torch.Tensor, checksums: torch.Tensor, *, writes: bool) -> int:
         return self._swap.start(
@@ -194,10 +193,14 @@ def _all_of(memory: memoryview, at: int, move: Callable[[memoryview, int], int])
     return Outcome(Ending.WELL)
 
 
+def _native() -> Any:
+    return importlib.import_module("unishard._native")
+
+
 @cache
 def _native_is_there() -> bool:
     try:
-        from unishard import _native
+        _native()
     except ImportError as error:
         _log.warning(
             "nvme tier: transfers run on Python threads, slower and with more processor time, since the compiled "
@@ -206,7 +209,7 @@ def _native_is_there() -> bool:
             error,
         )
         return False
-    return hasattr(_native, "Swap")
+    return True
 
 
 def best_transfers(block: int, depth: int) -> Transfers:
