@@ -1,15 +1,21 @@
 // The Python module: addresses, counts and scalars in, nothing held. Callers check shapes, dtypes and lifetimes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "checksum.h"
 #include "operations.h"
+#include "swap.h"
 #include "team.h"
 
 namespace nb = nanobind;
@@ -119,6 +125,23 @@ void pack_into(const RawArray& out, const std::vector<RawPiece>& pieces, double 
     pack(chosen(), array_at(out[0], out[1]), pieces_of(pieces), single(scale), threads);
 }
 
+std::uint64_t start_transfer(Swap& swap, int descriptor, bool write, Address data, std::size_t bytes,
+                             std::uint64_t offset, Address checksums, std::size_t alignment) {
+    return swap.start({descriptor, write, reinterpret_cast<char*>(data), bytes, offset,
+                       reinterpret_cast<std::uint64_t*>(checksums), alignment});
+}
+
+// Nothing while the transfer is still under way after `seconds`.
+std::optional<std::tuple<int, int, std::uint64_t>> wait_transfer(Swap& swap, std::uint64_t ticket, double seconds) {
+    Outcome outcome;
+    if (!swap.wait(ticket, seconds, &outcome)) return std::nullopt;
+    return std::make_tuple(static_cast<int>(outcome.ending), outcome.error, outcome.offset);
+}
+
+std::uint64_t checksum_at(Address data, std::size_t bytes) {
+    return checksum(reinterpret_cast<const char*>(data), bytes);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -134,4 +157,10 @@ NB_MODULE(_native, m) {
     m.def("squared_norm", &squared_norm_of, release);
     m.def("sum_pieces", &sum_into, release);
     m.def("pack", &pack_into, release);
+    m.def("checksum", &checksum_at, release);
+    nb::class_<Swap>(m, "Swap")
+        .def(nb::init<unsigned, std::size_t>())
+        .def("start", &start_transfer, release)
+        .def("done", &Swap::done, release)
+        .def("wait", &wait_transfer, release);
 }

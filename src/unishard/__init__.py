@@ -50,7 +50,10 @@ _HOMES = {
     "UnsupportedError": "unishard.errors",
     "NonFiniteError": "unishard.errors",
     "RankError": "unishard.errors",
+    "OffloadError": "unishard.errors",
+    "TiledLinear": "unishard.sharding.tiling",
 }
+_SUBMODULES = ("checkpointing",)
 
 __all__ = [
     "__version__",
@@ -70,6 +73,7 @@ __all__ = [
     "MixedPrecisionPolicy",
     "NO_SHARD",
     "NonFiniteError",
+    "OffloadError",
     "OffloadPolicy",
     "PRESETS",
     "RankError",
@@ -77,6 +81,7 @@ __all__ = [
     "Sharding",
     "ShardingError",
     "StateError",
+    "TiledLinear",
     "UnishardError",
     "UnshardHandle",
     "UnsupportedError",
@@ -84,6 +89,7 @@ __all__ = [
     "ZERO2",
     "ZERO3",
     "auto_shard",
+    "checkpointing",
     "clip_grad_norm_",
     "describe",
     "fully_shard",
@@ -97,6 +103,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"unishard.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'unishard' has no attribute {name!r}")

@@ -62,3 +62,23 @@ def sum_pieces(
     out: int, numel: int, pieces: Sequence[Array], scale: float, beta: float, threads: int, /
 ) -> None: ...
 def pack(out: Array, pieces: Sequence[Piece], scale: float, threads: int, /) -> None: ...
+def checksum(data: int, nbytes: int, /) -> int: ...
+
+class Swap:
+    """Transfers between memory and files: `threads` blocks of `block` bytes in flight at most (csrc/swap.h)."""
+
+    def __init__(self, threads: int, block: int, /) -> None: ...
+    def start(
+        self,
+        descriptor: int,
+        write: bool,
+        data: int,
+        nbytes: int,
+        offset: int,
+        checksums: int,
+        alignment: int,
+        /,
+    ) -> int: ...
+    def done(self, ticket: int, /) -> bool: ...
+    def wait(self, ticket: int, seconds: float, /) -> tuple[int, int, int] | None:
+        """Ending, errno and file offset (`unishard.offload.transfers.Outcome`); None after `seconds`."""

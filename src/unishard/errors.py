@@ -61,4 +61,4 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class OffloadError(UnishardError, RuntimeError):
-    """State on a tier that cannot be written, or is not what was written."""
+    """State that rests outside the device cannot be stored or read back as it was stored."""

@@ -25,3 +25,55 @@ def on_stream(call: Callable[[torch.Tensor], Any], stream: Any, device: torch.de
             current.wait_stream(stream)
 
     return run
+
+
+class Copy:
+    """A copy under way between two memories."""
+
+    def __init__(self, target: torch.Tensor, source: torch.Tensor, event: Any = None) -> None:
+        self._target, self._event = target, event
+        self._source: torch.Tensor | None = source  # held until the copy has ended
+
+    def done(self) -> bool:
+        """Whether the copy has ended."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Return once the target may be read: by the host if it is host memory, else by the current stream."""
+        event, self._event = self._event, None
+        if event is not None:
+            if self._target.device.type == "cpu":
+                event.synchronize()
+            else:
+                torch.get_device_module(self._target.device).current_stream(self._target.device).wait_event(event)
+                # Only the stream has waited; whoever frees the source next must not overtake it.
+                self._source = self._source if self._source is None else _shared_with_stream(self._source)
+        self._source = None
+
+
+def _shared_with_stream(source: torch.Tensor) -> None:
+    if source.device.type != "cpu":
+        source.record_stream(torch.get_device_module(source.device).current_stream(source.device))
+
+
+_side_streams: dict[torch.device, Any] = {}
+
+
+def start_copy(target: torch.Tensor, source: torch.Tensor) -> Copy:
+    """Start `target.copy_(source)`: on a stream of its own if either is on an accelerator, at once between host memories.
+
+    It begins after what the current stream has queued. Neither tensor may change, nor the target be read, until
+    `wait()` has returned. Page-locked host memory lets it run beside the host's work.
+    """
+    device = next((t.device for t in (target, source) if t.device.type != "cpu"), None)
+    if device is None:
+        target.copy_(source)
+        return Copy(target, source)
+    streams = torch.get_device_module(device)
+    if device not in _side_streams:
+        _side_streams[device] = streams.Stream(device)
+    side = _side_streams[device]
+    side.wait_stream(streams.current_stream(device))
+    with streams.stream(side):
+        target.copy_(source, non_blocking=True)
+    return Copy(target, source, side.record_event())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -23,13 +24,17 @@ def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
     parameter, optimizer = zero.offload_param, zero.offload_optimizer
     if not any(section is not None and section.device != "none" for section in (parameter, optimizer)):
         return ON_DEVICE
+    from unishard.offload.aligned import aligned_empty
+
+    found = ON_DEVICE
     with agree(communicator(dist.group.WORLD), "open the tiers of offloaded state"):
-        return Tiers(
+        found = Tiers(
             _tier(parameter, rc, device),
             _tier(optimizer, rc, device),
             1.0 if optimizer is None else optimizer.ratio,
+            aligned_empty if device.type == "cpu" else functools.partial(torch.empty, device=device),
         )
-    raise AssertionError("agree raises or lets the block return")
+    return found
 
 
 def _tier(section: Any, rc: ResolvedConfig, device: torch.device) -> Tier | None:
@@ -42,9 +47,11 @@ def _tier(section: Any, rc: ResolvedConfig, device: torch.device) -> Tier | None
                     "unishard: offload to cpu: the model computes on the CPU, so its state is there already"
                 )
             return None
+        from unishard.offload.aligned import PinnedBudget
         from unishard.offload.cpu import CpuTier
 
-        return CpuTier(device)
-    from unishard.offload.nvme import NvmeTier
+        return CpuTier(PinnedBudget() if section.pin_memory else None)
+    from unishard.offload.nvme import BLOCK, NvmeTier
 
-    return NvmeTier(section.nvme_path, block_size=rc.aio.block_size, queue_depth=rc.aio.queue_depth)
+    given = rc.origin("aio.block_size") != "default"
+    return NvmeTier(section.nvme_path, block=rc.aio.block_size if given else BLOCK, depth=rc.aio.queue_depth)

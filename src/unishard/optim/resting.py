@@ -91,9 +91,9 @@ class RestingSteps:
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and _is_flat(value, piece):
                     self._collect(piece, name, value)
-                    state[name] = absent(value.numel(), value.dtype)
+                    state[name] = absent(value)
             if group.resting is not None and "shard" in group.resting.kinds:
-                piece.param.data = absent(piece.param.numel(), piece.param.dtype)
+                piece.param.data = absent(piece.param.detach())
 
     def _rest_new_kinds(self, group: ShardGroup) -> None:
         """State appears at the first step."""

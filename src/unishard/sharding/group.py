@@ -96,7 +96,7 @@ class ShardGroup:
         shard = tiers.optimizer if mixed else parameter
         if parameter is None and tiers.optimizer is None:
             return
-        self.tiers, self.resting = tiers, Resting(self.name)
+        self.tiers, self.resting = tiers, Resting(self.name, tiers)
         if mixed and not self.resident:
             buffer.compute_shard = buffer.shard.to(buffer.compute)
             if parameter is not None:

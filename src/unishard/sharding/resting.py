@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 
 from unishard.errors import StateError
-from unishard.sharding.ports import Ticket, Tier
+from unishard.sharding.ports import Ticket, Tier, Tiers
 
 
-def absent(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """What a resting tensor shows while it is away: `numel` elements over the memory of one.
+def absent(like: torch.Tensor) -> torch.Tensor:
+    """What a resting tensor shows while it is away: as many elements over the memory of one.
 
-    >>> absent(3, torch.float32)
+    >>> absent(torch.zeros(3))
     tensor([nan, nan, nan])
     """
-    fill = float("nan") if dtype.is_floating_point else 0
-    return torch.full((1,), fill, dtype=dtype).expand(numel)
+    fill = float("nan") if like.dtype.is_floating_point else 0
+    return torch.full((1,), fill, dtype=like.dtype, device=like.device).expand(like.numel())
 
 
 def is_absent(tensor: torch.Tensor) -> bool:
@@ -40,6 +40,8 @@ class _Item:
     tier: Tier
     key: str
     memory: torch.Tensor | None = None
+    in_place: bool = False
+    """Whether `memory` is where the tier itself keeps it."""
     reading: Ticket | None = None
     writing: Ticket | None = None
     users: int = 0
@@ -55,8 +57,9 @@ class Resting:
     `open` and `close` are counted: a tensor leaves when its last user closes it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tiers: Tiers) -> None:
         self.name = name
+        self._buffer = tiers.buffer
         # A module's groups of several dtypes have one name.
         self._serial = next(_serials)
         self._items: dict[str, _Item] = {}
@@ -70,18 +73,19 @@ class Resting:
         if kind in self._items:
             raise StateError(f"{self.name}: {kind} rests on a tier already")
         item = _Item(tensor, tier, f"{self.name}/{kind}#{self._serial}")
-        memory = tier.buffer(tensor.numel(), tensor.dtype)
-        memory.copy_(tensor.detach())
-        tier.wait(tier.store(item.key, memory))
-        tier.recycle(memory)
+        tier.put(item.key, tensor.detach())
         self._items[kind] = item
-        tensor.data = absent(tensor.numel(), tensor.dtype)
+        tensor.data = absent(tensor)
 
     def prefetch(self, kinds: Iterable[str] | None = None) -> None:
         """Begin to read what is away; `open` then waits less."""
         for item in self._of(kinds):
             if item.memory is None:
-                item.memory = item.tier.buffer(item.tensor.numel(), item.tensor.dtype)
+                here = item.tier.resident(item.key)
+                item.in_place = here is not None and here.device == item.tensor.device
+                item.memory = here if item.in_place else None
+            if item.memory is None:
+                item.memory = self._buffer(item.tensor.numel(), item.tensor.dtype)
                 item.reading = item.tier.fetch(item.key, item.memory)
 
     def open(self, kinds: Iterable[str] | None = None) -> None:
@@ -115,14 +119,15 @@ class Resting:
                 self._leave(item)
 
     def _leave(self, item: _Item) -> None:
-        item.tensor.data = absent(item.tensor.numel(), item.tensor.dtype)
+        item.tensor.data = absent(item.tensor)
+        if item.in_place:
+            item.memory, item.changed = None, False
         if item.memory is None:
             return
         if item.changed:
             item.writing = item.tier.store(item.key, item.memory)
             item.changed = False
         else:
-            item.tier.recycle(item.memory)
             item.memory = None
 
     def settle(self) -> None:
@@ -130,7 +135,6 @@ class Resting:
         for item in self._items.values():
             self._settle_write(item)
             if item.users == 0 and item.reading is None and item.memory is not None and not item.changed:
-                item.tier.recycle(item.memory)
                 item.memory = None
 
     def _settle_write(self, item: _Item) -> None:
@@ -159,6 +163,11 @@ class Resting:
     def _of(self, kinds: Iterable[str] | None) -> Iterator[_Item]:
         for kind in self._names(kinds):
             yield self._items[kind]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in memory, in use or under way."""
+        return all(i.memory is None and not i.users and i.writing is None for i in self._items.values())
 
     @property
     def nbytes(self) -> int:

@@ -176,8 +176,10 @@ def train_config_door(model: ToyModel, case: ParityCase) -> Run:
             engine.backward(model.loss(engine(inputs), targets))
             engine.step()
     run.weights = whole_weights(engine.schedule.groups, names)
-    if tier is not None and (tier.lent or not tier.calls):
-        raise AssertionError(f"{case}: {tier.lent} buffers were not given back, {len(tier.calls)} calls")
+    if tier is not None:
+        busy = [g.name for g in engine.schedule.groups if g.resting is not None and not g.resting.idle]
+        if busy or not tier.calls:
+            raise AssertionError(f"{case}: {busy} are still in memory; {len(tier.calls)} calls of the tier")
     return run
 
 

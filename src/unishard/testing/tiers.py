@@ -10,57 +10,54 @@ from unittest import mock
 import torch
 
 from unishard.errors import OffloadError
+from unishard.offload.base import Transfer
+from unishard.offload.memory import MemoryEntry, MemoryTier
 from unishard.sharding.ports import Tiers
 
-Request = tuple[str, str, torch.Tensor]
+
+class _LateTransfer(Transfer):
+    def __init__(self, key: str, tensor: torch.Tensor, entry: MemoryEntry, tier: LateTier, *, writes: bool):
+        super().__init__(key, tensor, writes=writes)
+        self._entry, self._tier = entry, tier
+
+    def done(self) -> bool:
+        return self.ended
+
+    def finish(self) -> None:
+        if self.key == self._tier.failing:
+            raise OffloadError(f"{self.key}: failing as told; tell the test tier otherwise")
+        if self.writes:
+            self._entry.memory = self.tensor.detach().clone()
+        else:
+            self.tensor.copy_(self._entry.memory)
 
 
-class LateTier:
-    """Copies at `wait` and not before; memory that was given back, and memory that was not read yet, holds NaN."""
+class LateTier(MemoryTier):
+    """Copies at `wait` and not before; memory that was not read yet holds NaN."""
+
+    name = "late"
 
     def __init__(self) -> None:
-        self.stored: dict[str, torch.Tensor] = {}
+        super().__init__()
         self.calls: list[tuple[str, str]] = []
         """("fetch" or "store", key), in order."""
-        self.lent = 0
-        """Buffers handed out and not given back."""
-        self.most_lent = 0
         self.failing: str | None = None
         """A key whose reads and writes fail."""
 
-    def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        self.lent += 1
-        self.most_lent = max(self.most_lent, self.lent)
-        return _poison(torch.empty(numel, dtype=dtype))
+    def _reserve(self, key: str, numel: int, dtype: torch.dtype) -> MemoryEntry:
+        return MemoryEntry(numel, dtype, memory=torch.zeros(numel, dtype=dtype))
 
-    def recycle(self, buffer: torch.Tensor) -> None:
-        self.lent -= 1
-        _poison(buffer)
+    def _start(self, key: str, entry: MemoryEntry, tensor: torch.Tensor, *, writes: bool) -> Transfer:
+        self.calls.append(("store" if writes else "fetch", key))
+        if not writes:
+            tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 1)
+        return _LateTransfer(key, tensor, entry, self, writes=writes)
 
-    def store(self, key: str, tensor: torch.Tensor) -> Request:
-        self.calls.append(("store", key))
-        return "store", key, tensor
+    def _memory(self, entry: MemoryEntry) -> torch.Tensor | None:
+        return None
 
-    def fetch(self, key: str, into: torch.Tensor) -> Request:
-        self.calls.append(("fetch", key))
-        _poison(into)
-        return "fetch", key, into
-
-    def wait(self, ticket: Request) -> None:
-        kind, key, tensor = ticket
-        if key == self.failing:
-            raise OffloadError(f"{kind} {key}: failing as told; tell the test tier otherwise")
-        if kind == "store":
-            self.stored[key] = tensor.clone()
-        else:
-            tensor.copy_(self.stored[key])
-
-    def close(self) -> None:
-        self.stored.clear()
-
-
-def _poison(buffer: torch.Tensor) -> torch.Tensor:
-    return buffer.fill_(float("nan") if buffer.dtype.is_floating_point else 1)
+    def _release(self, key: str, entry: MemoryEntry) -> None:
+        return None
 
 
 @contextmanager

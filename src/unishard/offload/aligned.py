@@ -1,0 +1,92 @@
+"""Host memory that devices and disks read and write directly: whole pages, reused."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from unishard.errors import OffloadError
+
+PAGE = 4096
+"""Bytes. Alignment of buffers, and of extents in a file; a multiple of what O_DIRECT asks of any usual disk."""
+_HUGE_PAGE = 2 << 20
+
+
+def padded(nbytes: int) -> int:
+    """`nbytes` in whole pages.
+
+    >>> padded(0), padded(1), padded(4096)
+    (0, 4096, 4096)
+    """
+    return -(-nbytes // PAGE) * PAGE
+
+
+def aligned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised CPU tensor, shape (numel,), at the start of a page, that goes back to the system when freed.
+
+    Large ones ask for huge pages: a direct transfer pins every page, and half of its processor time went there.
+
+    >>> aligned_empty(10, torch.float16).data_ptr() % PAGE
+    0
+    """
+    nbytes = numel * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(0, dtype=dtype)
+    try:
+        memory = mmap.mmap(-1, padded(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise OffloadError(
+            f"{nbytes} bytes of host memory for a buffer cannot be had ({error.strerror}); use fewer or smaller "
+            "buffers (buffer_count), or rest less state in host memory"
+        ) from error
+    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=numel)
+
+
+def carve(buffer: torch.Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
+    """Views of `buffer` (bytes), one for each (numel, dtype), each at the start of a page.
+
+    >>> views = carve(aligned_empty(8192, torch.uint8), [(3, torch.float32), (1, torch.int8)])
+    >>> [view.data_ptr() - views[0].data_ptr() for view in views]
+    [0, 4096]
+    """
+    views, start = [], 0
+    for numel, dtype in parts:
+        nbytes = numel * dtype.itemsize
+        views.append(buffer[start : start + nbytes].view(dtype))
+        start += padded(nbytes)
+    return views
+
+
+def carved_size(parts: Sequence[tuple[int, torch.dtype]]) -> int:
+    """Bytes that `carve` needs for `parts`."""
+    return sum(padded(numel * dtype.itemsize) for numel, dtype in parts)
+
+
+class PinnedBudget:
+    """Bytes of host memory that may be page-locked; shared by what is given the same budget.
+
+    The system cannot move or swap page-locked memory, so what is beyond the budget is ordinary memory.
+
+    >>> budget = PinnedBudget(100)
+    >>> budget.take(60), budget.take(60), budget.taken
+    (True, False, 60)
+    """
+
+    def __init__(self, limit: int | float = math.inf) -> None:
+        self.limit = limit
+        self.taken = 0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether `nbytes` more fit; they are taken if so."""
+        if self.taken + nbytes > self.limit:
+            return False
+        self.taken += nbytes
+        return True
+
+    def give(self, nbytes: int) -> None:
+        self.taken -= nbytes
