@@ -26,8 +26,10 @@ from unishard.optim.loss_scale import DynamicLossScale, LossScale, NoLossScale, 
 from unishard.optim.schedules import build_schedule
 from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_groups
 from unishard.sharding.build import ShardPlan
+from unishard.sharding.heap import trim_heap
 from unishard.sharding.in_place import ShardedModel, shard_in_place
 from unishard.sharding.placement import preset
+from unishard.sharding.ports import ON_DEVICE
 from unishard.sharding.precision import MixedPrecision, as_dtype
 
 log = logging.getLogger("unishard")
@@ -100,6 +102,8 @@ def initialize(
     tiers = build_tiers(rc, axes, device)
     plan = ShardPlan(preset(rc.sharding), axes, _precision(rc), device, tiers=tiers)
     sharded = shard_in_place(model, plan)
+    if tiers is not ON_DEVICE:
+        trim_heap()
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc)
     scheduler = _scheduler(lr_scheduler, wrapped, rc)

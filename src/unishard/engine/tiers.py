@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -26,13 +25,16 @@ def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
         return ON_DEVICE
     from unishard.offload.aligned import aligned_empty
 
+    def on_device(numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(numel, dtype=dtype, device=device)
+
     found = ON_DEVICE
     with agree(communicator(dist.group.WORLD), "open the tiers of offloaded state"):
         found = Tiers(
             _tier(parameter, rc, device),
             _tier(optimizer, rc, device),
             1.0 if optimizer is None else optimizer.ratio,
-            aligned_empty if device.type == "cpu" else functools.partial(torch.empty, device=device),
+            aligned_empty if device.type == "cpu" else on_device,
         )
     return found
 

@@ -18,6 +18,7 @@ from unishard.optim.flat import FlatSteps, Piece
 from unishard.optim.loss_scale import LossScale, NoLossScale
 from unishard.optim.resting import RestingSteps
 from unishard.sharding.group import ShardGroup, unshard_together
+from unishard.sharding.heap import trim_heap
 from unishard.sharding.hooks import has_step_hooks
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.touched import agree_on_touched
@@ -187,6 +188,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._detach()
         self._stepped, self._stepped_norm = [], 0.0
         self.tokens = None
+        if self._resting.active:
+            # Whoever lets state rest elsewhere wants the memory more than the time of getting it again.
+            trim_heap()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -19,6 +19,7 @@ from unishard.dist.mesh import Axes
 from unishard.sharding import group as group_module
 from unishard.sharding.gradient import CoalescedReduction, Reduction
 from unishard.sharding.group import ShardGroup, unshard_together
+from unishard.sharding.heap import trim_heap
 from unishard.sharding.unit import Phase, ShardUnit
 
 # Forwards recorded without any backward in between (an evaluation with gradients on) are forgotten past this.
@@ -240,6 +241,12 @@ class Schedule:
                     other.reshard()
         if unit is self.root:
             self._expected = self._current
+            self._trim()
+
+    def _trim(self) -> None:
+        # Whoever lets state rest elsewhere wants the memory more than the time of getting it again.
+        if any(group.resting is not None for group in self.groups):
+            trim_heap()
 
     def drain(self) -> None:
         """Return once no rank reads this one's parameters or gradients any more: now they may change."""
@@ -296,6 +303,7 @@ class Schedule:
             if unit.reshard_after_backward:
                 unit.reshard()
         self._ran.clear()
+        self._trim()
         self.deliver([g for unit in self.units if unit.reduce_gradients for g in unit.groups if g.trainable])
         self.after_backward()
 
