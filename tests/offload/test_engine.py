@@ -181,5 +181,5 @@ def refuses_path(path: str) -> None:
 
 
 def test_unknown_devices_are_refused() -> None:
-    with pytest.raises(ConfigError, match="offload_optimizer.device"):
+    with pytest.raises(ConfigError, match=r"offload_optimizer\.device"):
         resolve(config(zero_optimization={"offload_optimizer": {"device": "tape"}}), dp_world_size=1)
