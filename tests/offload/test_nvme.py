@@ -325,3 +325,25 @@ def test_checksums_see_every_pair_of_bits(content: str) -> None:
                 changed[word] ^= (1 << bit) - (1 << 64 if bit == 63 else 0)
             seen.add(native.checksum(changed.data_ptr(), 192))
     assert len(seen) == len(flips) * (len(flips) - 1) // 2
+
+
+def test_room_is_used_again_by_keys_of_other_sizes(tier: NvmeTier) -> None:
+    for number in range(30):
+        keys = [f"activation{number}.{i}" for i in range(4)]
+        for index, key in enumerate(keys):
+            tier.put(key, torch.full((10_000 + 1500 * ((number + index) % 7),), float(number)))
+        for index, key in enumerate(keys):
+            numel, dtype = tier.spec(key)
+            assert (tier.wait(tier.fetch(key, torch.empty(numel, dtype=dtype))) == number).all(), index
+            tier.discard(key)
+    assert tier.file.path.stat().st_size < 4 * 81_920, "no larger than what was held at once"
+
+
+def test_a_file_system_without_preallocation(tier: NvmeTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    stored(tier)
+    assert fetch(tier, "a")[1] == 2
+    assert tier.file.path.stat().st_blocks * 512 >= 2 * NUMEL * 4

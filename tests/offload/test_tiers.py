@@ -23,6 +23,13 @@ def python_nvme(folder: Path) -> NvmeTier:
     return NvmeTier(folder, rank=3, transfers=PythonTransfers(SMALL_BLOCK, 2))
 
 
+class Staged(NvmeTier):
+    """Treats every tensor as one of another device."""
+
+    def reaches(self, tensor: torch.Tensor) -> bool:
+        return False
+
+
 def layered(folder: Path) -> LayeredTier:
     nvme = NvmeTier(folder, rank=3, block=SMALL_BLOCK)
     return LayeredTier([(DeviceTier(torch.device("cpu")), 5000.0), (CpuTier(), 20000.0), (nvme, math.inf)])
@@ -33,6 +40,7 @@ TIERS: dict[str, Callable[[Path], Tier]] = {
     "cpu": lambda folder: CpuTier(PinnedBudget()),
     "nvme": lambda folder: NvmeTier(folder, rank=3, block=SMALL_BLOCK, depth=3),
     "nvme, python": python_nvme,
+    "nvme, staged": lambda folder: Staged(folder, rank=3, block=SMALL_BLOCK, depth=3),
     "layered": layered,
 }
 

@@ -130,6 +130,8 @@ class Tiled(nn.Module):
 
 
 def train(rank: int, world_size: int, shard: bool) -> tuple[list[float], int]:
+    from torch.distributed.tensor import DTensor
+
     import unishard
 
     torch.manual_seed(0)
@@ -141,7 +143,7 @@ def train(rank: int, world_size: int, shard: bool) -> tuple[list[float], int]:
             unishard.fully_shard(tile)
 
             def count(*_: Any) -> None:
-                whole = [t for t in tiles if not isinstance(t.weight, torch.distributed.tensor.DTensor)]
+                whole = [t for t in tiles if not isinstance(t.weight, DTensor)]
                 largest[0] = max(largest[0], len(whole))
 
             tile.register_forward_pre_hook(count)

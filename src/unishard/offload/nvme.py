@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from unishard.errors import OffloadError
-from unishard.offload.aligned import PAGE, aligned_empty
+from unishard.offload.aligned import PAGE, HostBuffers
 from unishard.offload.base import BaseTier, Entry, Transfer
 from unishard.offload.swap_file import SwapFile, default_run
 from unishard.offload.transfers import Ending, Outcome, Place, Transfers, best_transfers
@@ -55,8 +55,9 @@ class _DiskTransfer(Transfer):
         self._checksums = extent.checksums  # alive while the engine fills or reads them
         # What is on another device passes through host memory.
         self._host = tensor.detach()
-        if tensor.device.type != "cpu":
-            self._host = aligned_empty(tensor.numel(), tensor.dtype)
+        self._staged = not tier.reaches(tensor)
+        if self._staged:
+            self._host = tier.staging.take(tensor.numel(), tensor.dtype)
             if writes:
                 self._host.copy_(tensor.detach())
         place = Place(tier.file.descriptor, extent.offset, tier.file.alignment)
@@ -67,10 +68,12 @@ class _DiskTransfer(Transfer):
 
     def finish(self) -> None:
         outcome = self._tier.transfers.finish(self._handle)
+        if self._staged:
+            if not self.writes and outcome.ending == Ending.WELL:
+                self.tensor.detach().copy_(self._host)
+            self._tier.staging.give(self._host)
         if outcome.ending != Ending.WELL:
             raise self._tier.trouble(self.key, outcome, writes=self.writes)
-        if not self.writes and self._host.device != self.tensor.device:
-            self.tensor.detach().copy_(self._host)
 
 
 class NvmeTier(BaseTier[_Extent]):
@@ -82,12 +85,13 @@ class NvmeTier(BaseTier[_Extent]):
         run: names a folder for the files of a run; the launcher's run id by default.
         block: bytes of one operation on the disk, in whole pages.
         depth: operations on the disk at a time.
-        transfers: another engine to move bytes with.
+        transfers: another engine to move bytes with, closed with the tier.
 
     Buffers from `aligned_empty` are read and written in place; others are copied on the way. Checksums and positions
     are in memory only: a swap file means nothing to another process.
 
     >>> import tempfile
+    >>> from unishard.offload.aligned import aligned_empty
     >>> with tempfile.TemporaryDirectory() as folder, NvmeTier(Path(folder)) as tier:
     ...     tier.put("master", torch.arange(3.0))
     ...     tier.wait(tier.fetch("master", into=aligned_empty(3, torch.float32)))
@@ -114,9 +118,15 @@ class NvmeTier(BaseTier[_Extent]):
             )
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.transfers = transfers or best_transfers(block, depth)
+        self.staging = HostBuffers(keep=depth)
+        """Memory through which tensors of other devices pass."""
         self.file = SwapFile(Path(nvme_path), run or default_run(), rank)
         # At exit too: a process that ends normally leaves no file.
         self._cleanup = weakref.finalize(self, _give_back, self.transfers, self.file)
+
+    def reaches(self, tensor: torch.Tensor) -> bool:
+        """Whether the engine can read and write the memory of `tensor`."""
+        return tensor.device.type == "cpu"
 
     def trouble(self, key: str, outcome: Outcome, *, writes: bool) -> OffloadError:
         """The error for a transfer of `key` that did not end well."""

@@ -14,7 +14,6 @@ import fcntl
 import logging
 import os
 import uuid
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,11 +22,13 @@ import torch
 
 from unishard.errors import OffloadError
 from unishard.offload.aligned import PAGE, aligned_empty, padded
+from unishard.offload.extents import Extents
 
 _log = logging.getLogger("unishard")
 
 _SUFFIX = ".swap"
-_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
+_CHUNK = 4 << 20
+_NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 
@@ -54,8 +55,7 @@ class SwapFile:
             )
         self.rank = rank
         self._root = nvme_path / f"unishard-swap-{os.getuid()}"
-        self._free: dict[int, list[int]] = defaultdict(list)
-        self._end = 0
+        self._room = Extents()
         self._process = os.getpid()
         self.path = self._root / run / f"rank{rank}-{uuid.uuid4().hex[:12]}{_SUFFIX}"
         try:
@@ -82,7 +82,7 @@ class SwapFile:
             page = aligned_empty(PAGE, torch.uint8)
             os.pwrite(self.descriptor, page.zero_().numpy().data, 0)
         except OSError as error:
-            if error.errno not in _NO_DIRECT:
+            if error.errno not in _NOT_SUPPORTED:
                 raise self.refusal(error, "", "written") from error
             fcntl.fcntl(self.descriptor, fcntl.F_SETFL, before)
             _warn_buffered(self.path.parent.parent, error)
@@ -101,20 +101,32 @@ class SwapFile:
         size = padded(nbytes)
         if size == 0:
             return 0
-        if self._free[size]:
-            return self._free[size].pop()
-        self.check(key)
-        try:
-            os.posix_fallocate(self.descriptor, self._end, size)
-        except OSError as error:
-            raise self.refusal(error, key, f"enlarged by {size} bytes to {self._end + size}") from error
-        offset, self._end = self._end, self._end + size
+        offset = self._room.take(size)
+        if offset is None:
+            self.check(key)
+            self._grow(key, self._room.missing(size))
+            offset = self._room.take(size)
+        assert offset is not None  # it has just been made
         return offset
+
+    def _grow(self, key: str, size: int) -> None:
+        end = self._room.end
+        try:
+            try:
+                os.posix_fallocate(self.descriptor, end, size)
+            except OSError as error:
+                if error.errno not in _NOT_SUPPORTED:
+                    raise
+                # A file system without preallocation; where libc would write single bytes, O_DIRECT refuses them.
+                _write_zeros(self.descriptor, end, size)
+        except OSError as error:
+            raise self.refusal(error, key, f"enlarged by {size} bytes to {end + size}") from error
+        self._room.grow(size)
 
     def give(self, offset: int, nbytes: int) -> None:
         """Room of `nbytes` at `offset` may be used again."""
         if nbytes:
-            self._free[padded(nbytes)].append(offset)
+            self._room.give(offset, padded(nbytes))
 
     # trouble -----------------------------------------------------------------------------------------------
 
@@ -123,8 +135,8 @@ class SwapFile:
         status = os.fstat(self.descriptor)
         if status.st_nlink == 0:
             raise self.loss(key, "was deleted")
-        if status.st_size < self._end:
-            raise self.loss(key, f"was truncated to {status.st_size} bytes of {self._end}")
+        if status.st_size < self._room.end:
+            raise self.loss(key, f"was truncated to {status.st_size} bytes of {self._room.end}")
 
     def loss(self, key: str, what: str) -> OffloadError:
         """The error for state that is not there as it was stored."""
@@ -161,6 +173,12 @@ class SwapFile:
                 self.path.parent.rmdir()  # if it was the last file of the run
         os.close(self.descriptor)
         self.descriptor = -1
+
+
+def _write_zeros(descriptor: int, offset: int, size: int) -> None:
+    zeros = aligned_empty(min(size, _CHUNK), torch.uint8).zero_().numpy().data
+    for start in range(0, size, _CHUNK):
+        os.pwrite(descriptor, zeros[: min(_CHUNK, size - start)], offset + start)
 
 
 _warned: set[Path] = set()

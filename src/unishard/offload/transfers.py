@@ -80,7 +80,7 @@ class NativeTransfers:
 
     def __init__(self, block: int, depth: int) -> None:
         self.block = block
-        self._swap = _native().Swap(depth, block)
+        self._swap: Any = _native().Swap(depth, block)
 
     def start(self, place: Place, tensor: torch.Tensor, checksums: torch.Tensor, *, writes: bool) -> int:
         return self._swap.start(

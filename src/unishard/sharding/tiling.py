@@ -28,8 +28,8 @@ def split_sizes(total: int, parts: int) -> list[int]:
 class TiledLinear(nn.Module):
     """`nn.Linear(in_features, out_features)` as `in_splits` times `out_splits` linear layers, each a module of its own.
 
-    `tiles[o][i]` holds the weights from input part `i` to output part `o`; `tiles[o][-1]` has that part's bias. When each
-    tile is sharded by itself, few are whole at a time, forward and backward:
+    `tiles[o][i]` holds the weights from input part `i` to output part `o`; `tiles[o][-1]` has that part's bias. With
+    each tile sharded by itself, few are whole at a time, forward and backward:
 
         for row in layer.tiles:
             for tile in row:
@@ -164,8 +164,8 @@ class TiledLinear(nn.Module):
         expected = (self.out_features, self.in_features)
         if tuple(other.weight.shape) != expected or (other.bias is not None) != self.use_bias:
             raise ShardingError(
-                f"TiledLinear: a weight of shape {tuple(other.weight.shape)} {_with(other.bias is not None)} a bias cannot "
-                f"be copied into {expected} {_with(self.use_bias)} one"
+                f"TiledLinear: a weight of shape {tuple(other.weight.shape)} {_with(other.bias is not None)} a bias "
+                f"does not fit {expected} {_with(self.use_bias)} one"
             )
         rows = zip(self.tiles, other.weight.split(self.out_sizes), strict=True)
         for row, weights in rows:
