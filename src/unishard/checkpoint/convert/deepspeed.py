@@ -64,7 +64,11 @@ class DeepSpeedFormat:
     title = "DeepSpeed ZeRO"
 
     def detect(self, path: Path) -> bool:
-        return path.is_dir() and any(_MODEL.fullmatch(p.name) for p in path.iterdir()) and not (path / "zero").is_dir()
+        return (
+            path.is_dir()
+            and any(_MODEL.fullmatch(p.name) for p in path.iterdir())
+            and not (path / "zero").is_dir()
+        )
 
     def open(self, path: Path, hints: Hints) -> Opened:
         files = _read_files(path)
@@ -87,7 +91,7 @@ class DeepSpeedFormat:
         """Compares each record with the CRC-32 that torch stored with it."""
         return verify_records(opened, progress)
 
-    def write(self, source: Any, target: Path, options: Options, progress: Progress) -> tuple[Path, list[str]]:
+    def write(self, source: Any, target: Path, options: Options) -> tuple[Path, list[str]]:
         raise UnsupportedError(
             "DeepSpeed's files of one number of ranks are only read; write deepspeed-universal, which its "
             'load_checkpoint takes at any number of ranks and stage with "checkpoint": {"load_universal": true}'
@@ -99,7 +103,9 @@ def _read_files(path: Path) -> _Files:
     optims = _by_rank(path, _OPTIM)
     files = _Files(path, [Archive(p) for p in models])
     if not files.models or "module" not in files.model:
-        raise CorruptCheckpointError(f"{path}: {models[0].name if models else 'model_states.pt'} has no 'module'")
+        raise CorruptCheckpointError(
+            f"{path}: {models[0].name if models else 'model_states.pt'} has no 'module'"
+        )
     files.optims = [Archive(p) for p in optims]
     for archive in files.optims:
         if "optimizer_state_dict" not in archive.content:
@@ -126,7 +132,9 @@ def _by_rank(path: Path, pattern: re.Pattern[str]) -> list[Path]:
             )
         rank = int(match[1] or 0)
         if rank in found:
-            raise CheckpointError(f"{path}: {found[rank].name} and {file.name} are both of rank {rank}; remove one")
+            raise CheckpointError(
+                f"{path}: {found[rank].name} and {file.name} are both of rank {rank}; remove one"
+            )
         found[rank] = file
     return [found[rank] for rank in sorted(found)]
 
@@ -155,6 +163,7 @@ def _new_catalog(files: _Files) -> Catalog:
         "ranks": model.get("dp_world_size"),
         "step": model.get("global_steps"),
         "samples": model.get("global_samples"),
+        "buffers": list(model.get("buffer_names") or ()),
         "config": config if isinstance(config, dict) else None,
     }
     return Catalog(about=about)
@@ -199,7 +208,10 @@ def _open_flat_groups(files: _Files, opened: Opened) -> None:
 def _flat_state(zero: Mapping[str, Any], position: int) -> Mapping[str, Any]:
     base = zero["base_optimizer_state"]
     if isinstance(base, list):  # "elastic": unpadded, by group
-        return {**base[position], **({"step": zero["base_optimizer_state_step"]} if "base_optimizer_state_step" in zero else {})}
+        return {
+            **base[position],
+            **({"step": zero["base_optimizer_state_step"]} if "base_optimizer_state_step" in zero else {}),
+        }
     group = base["param_groups"][position]
     state = base["state"].get(group["params"][0], {})
     return {**({"step": group["step"]} if "step" in group else {}), **state}
@@ -286,7 +298,9 @@ def _open_replicated(files: _Files, opened: Opened, hints: Hints) -> None:
             key = f"{STATE}.{name}.{kind}"
             shaped = _is_shaped(value)
             opened.catalog.tensors[key] = (
-                whole_tensor(files.folder, value) if shaped else scalar(value.read() if isinstance(value, Stored) else value)
+                whole_tensor(files.folder, value)
+                if shaped
+                else scalar(value.read() if isinstance(value, Stored) else value)
             )
     for name, master in zip(names, masters, strict=False):
         opened.catalog.tensors[f"{MODEL}.{name}"] = whole_tensor(files.folder, master)
@@ -348,7 +362,9 @@ def _add_unoptimized(files: _Files, opened: Opened, stage: int) -> None:
 def _require_parameters(files: _Files, opened: Opened) -> None:
     lost = [name for name in files.model["module"] if opened.catalog.find(f"{MODEL}.{name}") is None]
     if lost:
-        opened.notes.append(f"{len(lost)} tensors are not in the files ({', '.join(lost[:5])}): frozen and excluded?")
+        opened.notes.append(
+            f"{len(lost)} tensors are not in the files ({', '.join(lost[:5])}): frozen and excluded?"
+        )
         opened.catalog.about["frozen_excluded"] = True
 
 

@@ -91,4 +91,3 @@ def _loss_scale(zero: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[s
         "clean": max(0, iteration - last - 1),
         "overflows_at_floor": 0,
     }
-

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from unishard.checkpoint.boxes import Box, boxes_of_run
+from unishard.checkpoint.boxes import boxes_of_run
 from unishard.checkpoint.catalog import Catalog, Chunk, Known, TensorInfo
 from unishard.checkpoint.convert.torch_read import Stored
 from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS
@@ -55,6 +55,9 @@ class Options:
     """Of one file, where the format has several."""
     weights_only: bool = False
     exclude_frozen: bool = False
+    """Leave out weights that are not trained."""
+    pickled: bool = False
+    """For Hugging Face: `pytorch_model.bin` instead of safetensors."""
     like: Path | None = None
     """A Hugging Face model folder whose configuration and tokenizer are copied along."""
     overwrite: bool = False
@@ -80,7 +83,7 @@ class Format(Protocol):
         """What is wrong with the bytes, one line each, with file and parameter."""
         ...
 
-    def write(self, source: Any, target: Path, options: Options, progress: Progress) -> tuple[Path, list[str]]:
+    def write(self, source: Any, target: Path, options: Options) -> tuple[Path, list[str]]:
         """Write a `Source`; returns where it is and notes of what was left out.
 
         Raises `UnsupportedError` for a format that is only read.
@@ -150,7 +153,9 @@ def _name(folder: Path, path: Path) -> str:
     return str(path.relative_to(folder))
 
 
-def put_groups(catalog: Catalog, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[str]]) -> None:
+def put_groups(
+    catalog: Catalog, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[str]]
+) -> None:
     """Store the optimizer's options by position, with each group's parameter names."""
     for position, (options, names) in enumerate(zip(groups, members, strict=True)):
         for option, value in {**options, "params": list(names)}.items():

@@ -65,12 +65,16 @@ class Stored:
 
         Raises `CorruptCheckpointError` if the file ends too early.
         """
-        span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) if self.numel else 0
+        span = (
+            1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) if self.numel else 0
+        )
         with open(self.path, "rb") as file:
             file.seek(self.data)
             content = bytearray(file.read(span * self.dtype.itemsize))
         if len(content) < span * self.dtype.itemsize:
-            raise CorruptCheckpointError(f"{self.path} is truncated: {self.record} ends after {len(content)} bytes")
+            raise CorruptCheckpointError(
+                f"{self.path} is truncated: {self.record} ends after {len(content)} bytes"
+            )
         if not span:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(content, dtype=self.dtype).as_strided(self.shape, self.strides).clone()
@@ -144,7 +148,9 @@ class Archive:
                 content = archive.read(pickled)
                 order = f"{self._root}byteorder"
                 if order in self._places and archive.read(order) != b"little":
-                    raise CheckpointError(f"{path} was written on a big-endian machine; save it on another one")
+                    raise CheckpointError(
+                        f"{path} was written on a big-endian machine; save it on another one"
+                    )
         except (zipfile.BadZipFile, EOFError) as error:
             raise self._unreadable(error) from error
         self._starts: dict[str, int] = {}
@@ -290,4 +296,6 @@ def _numpy(module: str, name: str) -> Any:
         return allowed[name]
     if module == "numpy.dtypes":
         return getattr(np.dtypes, name)
-    raise CheckpointError(f"the file holds {module}.{name}, which is not read; save plain numbers and tensors")
+    raise CheckpointError(
+        f"the file holds {module}.{name}, which is not read; save plain numbers and tensors"
+    )
