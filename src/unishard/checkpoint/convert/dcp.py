@@ -66,7 +66,9 @@ class DcpFormat:
     def verify(self, opened: Opened, progress: Progress) -> Iterator[str]:
         """Compares each record with the CRC-32 that torch stored with it."""
         for key, info in opened.catalog.tensors.items():
-            for chunk in info.chunks:
+            for chunk in info.chunks if info.value is None else ():
+                if chunk.file not in opened.catalog.files:
+                    continue
                 problem = _problem(opened.folder / chunk.file, chunk, progress)
                 if problem:
                     yield f"{chunk.file}: the bytes of {key} {problem}"

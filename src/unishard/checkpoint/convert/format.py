@@ -60,6 +60,8 @@ class Options:
     """For Hugging Face: `pytorch_model.bin` instead of safetensors."""
     like: Path | None = None
     """A Hugging Face model folder whose configuration and tokenizer are copied along."""
+    torch_optimizer: bool = False
+    """For DeepSpeed: its run steps with one of torch's optimizers, which count steps in tensors."""
     overwrite: bool = False
     tag: str | None = None
     """The folder's name inside the target, for formats with one folder a step."""

@@ -83,7 +83,7 @@ class UniversalFormat:
             step = next(
                 (source.small(f"{STATE}.{n}.step") for n in trained if "step" in states.get(n, {})), None
             )
-            _write(draft / "zero" / "optimizer_state.pt", _optimizer_state(groups, step))
+            _write(draft / "zero" / "optimizer_state.pt", _optimizer_state(groups, _counter(source, step, options)))
             _write_model_files(draft, source, set(trained))
         for pointer in ("latest", "latest_universal"):
             write_durably(target / pointer, tag.encode())
@@ -169,13 +169,21 @@ def _write_parameter(folder: Path, source: Source, name: str, kinds: Mapping[str
             _write(folder / f"{kind}.pt", source.small(key))
 
 
-def _optimizer_state(groups: list[dict[str, Any]], step: torch.Tensor | None) -> dict[str, Any]:
+def _counter(source: Source, step: torch.Tensor | None, options: Options) -> Any:
+    """Stage 3 gives this one object to all sub groups: a tensor, as torch's optimizers want it, all of them then advance;
+    a number, as DeepSpeed's own count, each advances for itself."""
+    steps = 0 if step is None else int(step)
+    configured = (((source.about.get("config") or {}).get("optimizer") or {}).get("params") or {}).get("torch_adam")
+    return torch.tensor(float(steps)) if options.torch_optimizer or configured else steps
+
+
+def _optimizer_state(groups: list[dict[str, Any]], step: Any) -> dict[str, Any]:
     """For stages 1 and 2 the options of each group. Stage 3 gives all groups those of the first: only what they share."""
     known = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     for position, options in enumerate(known):
         options["params"] = [position]
     common = {k: v for k, v in known[0].items() if k != "params" and all(g.get(k) == v for g in known)}
-    state = {0: {"step": step if step is not None else torch.tensor(0.0)}}
+    state = {0: {"step": step}}
     return {
         "param_groups": known,
         "optimizer_state_dict": {"state": state, "param_groups": [{**common, "params": [0]}]},
