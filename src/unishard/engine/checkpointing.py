@@ -222,7 +222,7 @@ class Checkpoints:
                 progress=progress,
             )
         self._refresh()
-        if opened.format != "unishard":
+        if opened.format != "unishard" or catalog.about.get("converted_from", "unishard") != "unishard":
             options = self._own_options(options)
             self._complete(state)
         self._take_over(state, options, scheduler=scheduler and not module_only, module_only=module_only)

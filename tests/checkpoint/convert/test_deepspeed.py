@@ -148,10 +148,16 @@ def optimizer_file(tag: Path, rank: int) -> Path:
     ("how", "message"),
     [
         ("missing", r"written by 2 ranks, and \*zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"),
-        ("more", r"written by 2 ranks, and there is a \*zero_pp_rank_2_mp_rank_00_optim_states.pt, which is of another"),
+        (
+            "more",
+            r"written by 2 ranks, and there is a \*zero_pp_rank_2_mp_rank_00_optim_states.pt, which is of another",
+        ),
         ("truncated", r"zero_pp_rank_1_mp_rank_00_optim_states.pt is truncated or no file of torch.save"),
         ("garbage", r"zero_pp_rank_1_mp_rank_00_optim_states.pt is truncated or no file of torch.save"),
-        ("flipped", r"zero_pp_rank_1_mp_rank_00_optim_states.pt: the bytes of .*embed.weight.* are not those"),
+        (
+            "flipped",
+            r"zero_pp_rank_1_mp_rank_00_optim_states.pt: the bytes of .*embed.weight.* are not those",
+        ),
     ],
 )
 @pytest.mark.parametrize("which", ["2-fp32", "3-fp32"])
@@ -181,8 +187,12 @@ def test_damage_is_named(
 
 def damaged_on_load(folder: str) -> None:
     model = runs.build(seed=5)
-    engine = unishard.initialize(model=model, model_parameters=runs.groups(model), config=runs.config(3, "fp32")).engine
-    with pytest.raises((CorruptCheckpointError, RankError), match=r"the bytes of .*embed.weight.* are not those"):
+    engine = unishard.initialize(
+        model=model, model_parameters=runs.groups(model), config=runs.config(3, "fp32")
+    ).engine
+    with pytest.raises(
+        (CorruptCheckpointError, RankError), match=r"the bytes of .*embed.weight.* are not those"
+    ):
         engine.load_checkpoint(folder)
 
 
@@ -211,7 +221,9 @@ def test_a_model_split_over_tensor_parallel_ranks_is_refused(
 
 def resumes_by_itself(folder: str) -> None:
     model = runs.build(seed=5)
-    engine = unishard.initialize(model=model, model_parameters=runs.groups(model), config=runs.config(2, "fp32")).engine
+    engine = unishard.initialize(
+        model=model, model_parameters=runs.groups(model), config=runs.config(2, "fp32")
+    ).engine
     assert engine.auto_resume(folder) == {"note": [1, "two"]}
     assert engine.global_steps == runs.STEPS
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from unishard.checkpoint.keys import GROUPS, MODEL, STATE
 from unishard.checkpoint.storage import RankFile, Reader
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
+_USUAL = ("model", "module", "state_dict", "app")
+
 
 class DcpFormat:
     """`.metadata` and `*.distcp`."""
@@ -41,8 +44,11 @@ class DcpFormat:
         return (path / METADATA).is_file()
 
     def open(self, path: Path, hints: Hints) -> Opened:
+        from torch.distributed.checkpoint import FileSystemReader
+
         try:
             raw = Catalog.from_dcp(path)
+            paths = FileSystemReader(path).read_metadata().planner_data or {}
         except Exception as error:
             raise CorruptCheckpointError(
                 f"{path / METADATA} cannot be read ({type(error).__name__}: {error})"
@@ -50,7 +56,7 @@ class DcpFormat:
         catalog = Catalog(about=raw.about)
         opened = Opened(path, catalog, self.name)
         optimizer = _optimizer_prefix(raw)
-        model = _model_prefix(raw, optimizer)
+        model = _model_prefix(raw, optimizer, paths)
         for key, info in raw.tensors.items():
             new = _renamed(key, model, optimizer)
             if new is None:
@@ -119,33 +125,22 @@ def _optimizer_prefix(raw: Catalog) -> str | None:
     return found.pop() if found else None
 
 
-def _model_prefix(raw: Catalog, optimizer: str | None) -> str:
-    """What stands before parameter names: found by the optimizer's names, else the first part of all keys if it is one."""
-    names = [key for key in raw.tensors if optimizer is None or not key.startswith(f"{optimizer}state.")]
-    if optimizer is not None:
-        state = f"{optimizer}state."
-        known = {key[len(state) :].rpartition(".")[0] for key in raw.tensors if key.startswith(state)}
-        prefixes = {
-            key[: len(key) - len(n)]
-            for n in list(known)[:5]
-            for key in names
-            if key.endswith(f".{n}") or key == n
-        }
-        common = [
-            prefix
-            for prefix in sorted(prefixes, key=len)
-            if all(f"{prefix}{n}" in raw.tensors for n in known)
-        ]
-        if common:
-            return common[0]
-    first = {key.split(".", 1)[0] for key in names}
-    return (
-        f"{first.pop()}."
-        if len(first) == 1
-        and all("." in key for key in names)
-        and first <= {"model", "module", "state_dict", "app"}
-        else ""
-    )
+def _model_prefix(raw: Catalog, optimizer: str | None, paths: Mapping[str, Any]) -> str:
+    """What stands before parameter names: the nesting that was saved tells, and the names that the optimizer has."""
+    state = "" if optimizer is None else f"{optimizer}state."
+    names = [key for key in raw.tensors if not state or not key.startswith(state)]
+    trained = {key[len(state) :].rpartition(".")[0] for key in raw.tensors if state and key.startswith(state)}
+    found = Counter(_before(key, paths.get(key)) for key in names)
+    fitting = [prefix for prefix in found if all(f"{prefix}{name}" in raw.tensors for name in trained)]
+    return max(fitting or [""], key=lambda prefix: found[prefix])
+
+
+def _before(key: str, path: Any) -> str:
+    """A key without its last part, by the path of which torch made it; else up to the first dot."""
+    if path is not None and key.endswith(str(path[-1])):
+        return key[: len(key) - len(str(path[-1]))]
+    first, dot, _ = key.partition(".")
+    return first + dot if dot and first in _USUAL else ""
 
 
 def _renamed(key: str, model: str, optimizer: str | None) -> str | None:

@@ -137,7 +137,8 @@ def put_weights(opened: Opened, state: Mapping[str, Any]) -> dict[str, tuple[int
     """Enter a state dict; returns the shapes of what may be parameters, tied ones once."""
     seen: dict[tuple[Any, ...], str] = {}
     parameters: dict[str, tuple[int, ...]] = {}
-    for name, value in state.items():
+    for full, value in state.items():
+        name = _unwrapped(full, state)
         key = f"{MODEL}.{name}"
         if not isinstance(value, Stored):
             opened.notes.append(f"{name} is no tensor and was left out")
@@ -151,6 +152,13 @@ def put_weights(opened: Opened, state: Mapping[str, Any]) -> dict[str, tuple[int
         if value.dtype.is_floating_point:
             parameters[name] = value.shape
     return parameters
+
+
+def _unwrapped(name: str, state: Mapping[str, Any]) -> str:
+    """Without what DDP and `torch.compile` put before names."""
+    if all(str(other).startswith("module.") for other in state):
+        name = name.removeprefix("module.")
+    return name.replace("_orig_mod.", "")
 
 
 def put_optimizer(

@@ -83,7 +83,10 @@ class UniversalFormat:
             step = next(
                 (source.small(f"{STATE}.{n}.step") for n in trained if "step" in states.get(n, {})), None
             )
-            _write(draft / "zero" / "optimizer_state.pt", _optimizer_state(groups, _counter(source, step, options)))
+            _write(
+                draft / "zero" / "optimizer_state.pt",
+                _optimizer_state(groups, _counter(source, step, options)),
+            )
             _write_model_files(draft, source, set(trained))
         for pointer in ("latest", "latest_universal"):
             write_durably(target / pointer, tag.encode())
@@ -173,7 +176,9 @@ def _counter(source: Source, step: torch.Tensor | None, options: Options) -> Any
     """Stage 3 gives this one object to all sub groups: a tensor, as torch's optimizers want it, all of them then advance;
     a number, as DeepSpeed's own count, each advances for itself."""
     steps = 0 if step is None else int(step)
-    configured = (((source.about.get("config") or {}).get("optimizer") or {}).get("params") or {}).get("torch_adam")
+    configured = (((source.about.get("config") or {}).get("optimizer") or {}).get("params") or {}).get(
+        "torch_adam"
+    )
     return torch.tensor(float(steps)) if options.torch_optimizer or configured else steps
 
 
