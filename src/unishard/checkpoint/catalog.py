@@ -35,7 +35,7 @@ class Chunk:
     checksums: tuple[int, ...] = ()
     """CRC-32 of each block of raw bytes; none in checkpoints of other origin."""
     strides: tuple[int, ...] | None = None
-    """Elements between neighbours of each dim, where another program stored the box in another order than row by row."""
+    """Elements between neighbours of each dim, where another program did not store the box row by row."""
 
     @property
     def box(self) -> Box:

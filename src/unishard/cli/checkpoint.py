@@ -1,4 +1,4 @@
-"""`unishard ckpt inspect|verify|convert|diff|consolidate`: checkpoints of every format, on one process without a launcher."""
+"""`unishard ckpt inspect|verify|convert|diff|consolidate`: checkpoints of every format, on one process."""
 
 from __future__ import annotations
 

@@ -32,6 +32,13 @@ from unishard.checkpoint.training import (
     optimizer_entries,
     persistent_buffers,
 )
+from unishard.engine.foreign_checkpoints import (
+    complete_counters,
+    find_checkpoint,
+    foreign_tags,
+    group_members,
+    own_options,
+)
 from unishard.engine.sampling import PositionedSampler
 from unishard.errors import CheckpointError
 
@@ -162,7 +169,7 @@ class Checkpoints:
         found, failure = None, None
         if meeting.rank == 0:
             try:
-                found = str(_find(Path(folder).absolute(), tag))
+                found = str(find_checkpoint(Path(folder).absolute(), tag))
             except Exception as error:
                 failure = error
         return Path(meeting.meet(f"find a checkpoint in {folder}", failure, found)[0])
@@ -183,7 +190,7 @@ class Checkpoints:
             try:
                 parent = Path(folder).absolute()
                 commit.restore(parent)
-                tags = [tag for _, tag in commit.committed(parent)] or _foreign_tags(parent)
+                tags = [tag for _, tag in commit.committed(parent)] or foreign_tags(parent)
             except Exception as error:
                 failure = error
         return meeting.meet(f"look for checkpoints in {folder}", failure, tags)[0]
@@ -200,7 +207,7 @@ class Checkpoints:
     ) -> tuple[Path, dict[str, Any]]:
         """Load what `find` gives. All ranks call together; raises on all or on none before anything changes."""
         path, meeting = self.find(folder, tag), GroupMeeting(world())
-        opened = open_any(path, meeting, self._members())
+        opened = open_any(path, meeting, group_members(self._engine))
         place, catalog = opened.folder, opened.catalog
         with_optimizer = optimizer and not module_only and self._engine.optimizer is not None
         entries, rows = self._model_entries(catalog, strict)
@@ -223,42 +230,10 @@ class Checkpoints:
             )
         self._refresh()
         if opened.format != "unishard" or catalog.about.get("converted_from", "unishard") != "unishard":
-            options = self._own_options(options)
-            self._complete(state)
+            options = own_options(self._engine, options)
+            complete_counters(self._engine, state)
         self._take_over(state, options, scheduler=scheduler and not module_only, module_only=module_only)
         return path, state.get(CLIENT) or {}
-
-    def _members(self) -> list[list[str]] | None:
-        """The parameter names of each of the optimizer's groups."""
-        if self._engine.optimizer is None:
-            return None
-        names = Names(self._engine.module)
-        return [[names.of(p.group, p.index) for p in members] for members in self._engine.optimizer.members]
-
-    def _own_options(self, options: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-        """Of another program's options those that this optimizer has and that do not say how it is carried out."""
-        if self._engine.optimizer is None:
-            return {}
-        kept = {}
-        for position, stored in options.items():
-            known = set(self._engine.optimizer.inner.param_groups[position]) - _IMPLEMENTATION
-            kept[position] = {name: value for name, value in stored.items() if name in known}
-        return kept
-
-    def _complete(self, state: dict[str, Any]) -> None:
-        """Counters that another program did not keep, from those that it did."""
-        engine, saved = self._engine, state.get(ENGINE)
-        if saved is None:
-            return
-        if saved["micro_steps"] is None:
-            saved["micro_steps"] = saved["global_steps"] * engine.gradient_accumulation_steps()
-        if saved["global_samples"] is None:
-            saved["global_samples"] = saved["global_steps"] * engine.train_batch_size()
-        scale = saved["loss_scale"]
-        if scale is not None and (
-            engine.optimizer is None or engine.optimizer.scaler.state_dict().keys() != scale.keys()
-        ):
-            saved["loss_scale"] = None
 
     def _model_entries(
         self, catalog: Catalog, strict: bool
@@ -375,34 +350,6 @@ class Checkpoints:
         )
         log.warning("unishard: saved %s on %s; leaving", path, signal.Signals(number).name)
         raise SystemExit(0)
-
-
-_IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
-
-
-def _find(folder: Path, tag: str | None) -> Path:
-    """The checkpoint that `folder` means: one of several in it, or itself, of any format."""
-    try:
-        return commit.find(folder, tag)
-    except CheckpointError:
-        from unishard.checkpoint.convert.registry import detect, locate
-
-        if tag is not None or not folder.exists():
-            raise
-        found = locate(folder)
-        if detect(found) is None:
-            raise
-        return found
-
-
-def _foreign_tags(folder: Path) -> list[str]:
-    """What a pointer that another program wrote names, so that its run is not started anew unnoticed."""
-    from unishard.checkpoint.convert.registry import detect, locate
-
-    if not (folder / commit.LATEST).is_file():
-        return []
-    found = locate(folder)
-    return [found.name] if found.parent == folder and detect(found) is not None else []
 
 
 def _values(reader: Reader, catalog: Catalog) -> dict[str, Any]:

@@ -12,10 +12,14 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
 import torch.distributed as dist
-
 from tests.checkpoint.convert import runs
 
-WRITTEN = [(1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (0, "fp32")]
+WRITTEN: dict[str, Any] = {
+    **{f"{stage}-fp32": {} for stage in range(4)},
+    **{f"{stage}-bf16": {} for stage in range(4)},
+    "2-fp32-robin": {"round_robin_gradients": True},
+    "3-fp32-subgroups": {"sub_group_size": 300},
+}
 CONTINUED = [(1, "fp32", "two"), (2, "bf16", "two"), (3, "fp32", "one")]
 
 
@@ -29,11 +33,12 @@ def start(stage: int, dtype: str, seed: int = 0, one: bool = False, **more: Any)
 
 
 def write(folder: Path, found: dict[str, list[float]]) -> None:
-    for stage, dtype in WRITTEN:
-        engine = start(stage, dtype)
+    for which, zero in WRITTEN.items():
+        stage, dtype = which.split("-")[:2]
+        engine = start(int(stage), dtype, zero=zero)
         runs.train(engine, runs.BEFORE)
-        engine.save_checkpoint(folder / f"{stage}-{dtype}", client_state={"note": [1, "two"]})
-        found[f"{stage}-{dtype}"] = runs.train(engine, runs.AFTER)
+        engine.save_checkpoint(folder / which, client_state={"note": [1, "two"]})
+        found[which] = runs.train(engine, runs.AFTER)
 
 
 def go_on(folder: Path, found: dict[str, list[float]]) -> None:

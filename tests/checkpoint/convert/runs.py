@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-GLOBAL_BATCH, WORDS = 4, 37
+GLOBAL_BATCH, WORDS = 12, 37
 STEPS, MORE = 3, 2
 
 
@@ -51,14 +51,15 @@ def groups(model: nn.Module, one: bool = False) -> list[dict[str, Any]]:
     return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
 
-def config(stage: int, dtype: str, **more: Any) -> dict[str, Any]:
+def config(stage: int, dtype: str, zero: Any = (), **more: Any) -> dict[str, Any]:
     """A ds_config that DeepSpeed and unishard read alike."""
+    zero = dict(zero)
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world()[1],
         "gradient_clipping": 0.5,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_max_lr": 1e-2}},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **zero},
         "zero_allow_untested_optimizer": True,
         **more,
     }

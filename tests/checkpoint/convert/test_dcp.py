@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.checkpoint.convert import runs
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import unishard
-from tests.checkpoint.convert import runs
 from unishard.checkpoint.convert import compare, convert, open_checkpoint, verify
 from unishard.errors import CorruptCheckpointError
 

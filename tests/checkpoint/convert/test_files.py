@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.checkpoint.convert import runs
 from torch import nn
 
-from tests.checkpoint.convert import runs
 from unishard import checkpoint
 from unishard.checkpoint.convert import (
     Options,

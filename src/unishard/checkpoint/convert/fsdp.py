@@ -71,8 +71,8 @@ class FsdpFormat:
 
     def write(self, source: Any, target: Path, options: Options) -> tuple[Path, list[str]]:
         raise UnsupportedError(
-            "sharded state dicts of FSDP1 are only read; write dcp, which FSDP1 loads with torch.distributed.checkpoint, "
-            "or torch, one file that it loads as a full state dict"
+            "sharded state dicts of FSDP1 are only read; write dcp, which FSDP1 loads with "
+            "torch.distributed.checkpoint, or torch, one file that it loads as a full state dict"
         )
 
 

@@ -1,7 +1,7 @@
 """Weights as `transformers` keeps them: `model.safetensors`, or several with `model.safetensors.index.json`.
 
-A safetensors file is 8 bytes with the length of a JSON header, the header, and the tensors row by row. It is written here
-piece by piece, because the library wants whole tensors of a whole file in memory. `pytorch_model.bin` is read as well.
+A safetensors file is 8 bytes with the length of a JSON header, the header, and the tensors row by row. It is written
+here piece by piece, because the library wants all tensors of a file in memory. `pytorch_model.bin` is read as well.
 """
 
 from __future__ import annotations

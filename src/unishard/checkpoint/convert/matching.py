@@ -47,15 +47,15 @@ def members_of(
         fitting = [name for name, other in parameters.items() if other == shape]
         if len(positions) != len(fitting) or len({owner[p] for p in positions}) > 1:
             raise CheckpointError(
-                f"{where}: the optimizer state is stored by position, and shapes do not say which of {', '.join(fitting)} "
-                f"the {len(positions)} parameters of shape {shape} are. Load it through the engine that will train on, "
-                "or name them: --groups FILE, a JSON list of the parameter names of each optimizer group"
+                f"{where}: the optimizer state is stored by position, and shapes do not say which of "
+                f"{', '.join(fitting)} the {len(positions)} parameters of shape {shape} are. Load it through the "
+                "engine that will train on, or name them: --groups FILE, a JSON list of each group's parameter names"
             )
         names |= dict(zip(positions, fitting, strict=True))
     if set(order) - set(names):
         raise CheckpointError(
             f"{where}: {len(set(order) - set(names))} parameters of the optimizer have no state to be known by; name "
-            "them: --groups FILE, a JSON list of the parameter names of each optimizer group"
+            "them: --groups FILE, a JSON list of the parameter names of each group"
         )
     return [[names[position] for position in group["params"]] for group in groups]
 

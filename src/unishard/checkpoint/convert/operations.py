@@ -109,7 +109,7 @@ def compare(first: Opened, second: Opened, *, values: bool = True) -> Iterator[D
         for key in sorted({k for k in (*a.blobs, *b.blobs) if k.startswith(f"{GROUPS}.")}):
             said = [_value(catalog, reader, key) for catalog, reader in ((a, one), (b, two))]
             if said[0] != said[1]:
-                yield Difference(key, *said)
+                yield Difference(key, said[0], said[1])
 
 
 def _shape(info: Any) -> str:
@@ -123,6 +123,8 @@ def _value(catalog: Catalog, reader: Reader, key: str) -> str:
         value = reader.blob(key)
     except CheckpointError:
         return "not read"
+    if key.endswith(".params"):  # whose order says nothing, as state goes by name
+        value = sorted(value)
     return repr(list(value) if isinstance(value, tuple) else value)
 
 

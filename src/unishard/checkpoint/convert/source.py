@@ -14,7 +14,7 @@ from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, STATE
 from unishard.checkpoint.storage import Reader
 from unishard.errors import CheckpointError
 
-PIECE = 8 << 20
+PIECE = 4 << 20
 """Bytes of a tensor that are in memory at a time."""
 
 
@@ -116,12 +116,12 @@ class Source:
         return int(self.engine().get("global_steps") or self.about.get("step") or 0)
 
     def weight_pieces(self, name: str) -> Iterator[tuple[Box, torch.Tensor]]:
-        """A weight in boxes of at most 8 MB, in element order, in the wanted dtype."""
+        """A weight in boxes of at most 4 MB, in element order, in the wanted dtype."""
         key = f"{MODEL}.{name}"
         return self.pieces(key, self._wanted(self._catalog.tensors[key]).dtype)
 
     def pieces(self, key: str, dtype: torch.dtype | None = None) -> Iterator[tuple[Box, torch.Tensor]]:
-        """Any tensor by its key, in boxes of at most 8 MB, in element order."""
+        """Any tensor by its key, in boxes of at most 4 MB, in element order."""
         info = self._catalog.tensors[key]
         for box in pieces(info.shape, max(1, PIECE // info.dtype.itemsize)):
             target = torch.empty(box.sizes, dtype=dtype or info.dtype)

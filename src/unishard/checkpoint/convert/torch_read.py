@@ -24,7 +24,7 @@ from unishard.errors import CheckpointError, CorruptCheckpointError
 
 _PLAIN = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): lambda *args: dict(),
+    ("collections", "defaultdict"): lambda *args: {},
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "slice"): slice,

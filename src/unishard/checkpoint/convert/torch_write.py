@@ -1,7 +1,7 @@
 """Writes files that `torch.load(weights_only=True)` reads, tensor data streamed in pieces.
 
-`torch.save` wants every tensor in memory. A file of it is a zip archive of stored records: the pickled structure, and one
-record for the bytes of each tensor's storage.
+`torch.save` wants every tensor in memory. A file of it is a zip archive of stored records: the pickled structure, and
+one record for the bytes of each tensor's storage.
 """
 
 from __future__ import annotations

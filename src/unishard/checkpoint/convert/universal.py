@@ -1,7 +1,7 @@
 """DeepSpeed's universal checkpoints: a folder for each parameter, loaded at any number of ranks and any ZeRO stage.
 
-DeepSpeed takes them with `"checkpoint": {"load_universal": true}`. It restores the optimizer's parameters and state from
-them, the counters and the schedule; frozen weights and buffers it leaves as the model has them.
+DeepSpeed takes them with `"checkpoint": {"load_universal": true}`. It restores the optimizer's parameters and state
+from them, the counters and the schedule; frozen weights and buffers it leaves as the model has them.
 """
 
 from __future__ import annotations
@@ -173,8 +173,10 @@ def _write_parameter(folder: Path, source: Source, name: str, kinds: Mapping[str
 
 
 def _counter(source: Source, step: torch.Tensor | None, options: Options) -> Any:
-    """Stage 3 gives this one object to all sub groups: a tensor, as torch's optimizers want it, all of them then advance;
-    a number, as DeepSpeed's own count, each advances for itself."""
+    """Stage 3 gives this one object to all sub groups.
+
+    A tensor, which torch's optimizers want, they then advance together; a number, as DeepSpeed's have it, each alone.
+    """
     steps = 0 if step is None else int(step)
     configured = (((source.about.get("config") or {}).get("optimizer") or {}).get("params") or {}).get(
         "torch_adam"
@@ -183,7 +185,7 @@ def _counter(source: Source, step: torch.Tensor | None, options: Options) -> Any
 
 
 def _optimizer_state(groups: list[dict[str, Any]], step: Any) -> dict[str, Any]:
-    """For stages 1 and 2 the options of each group. Stage 3 gives all groups those of the first: only what they share."""
+    """For stages 1 and 2 each group's options. Stage 3 gives all groups those of the first: only what they share."""
     known = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     for position, options in enumerate(known):
         options["params"] = [position]
@@ -239,8 +241,8 @@ def _notes(source: Source, trained: set[str]) -> list[str]:
     if others:
         some = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
         notes.append(
-            f"DeepSpeed's universal loader does not restore frozen weights and buffers ({some}); they are in 'module' of "
-            "mp_rank_00_model_states.pt: load them into the model with load_state_dict(..., strict=False)"
+            f"DeepSpeed's universal loader does not restore frozen weights and buffers ({some}); they are in 'module' "
+            "of mp_rank_00_model_states.pt: load them into the model with load_state_dict(..., strict=False)"
         )
     if (source.engine().get("loss_scale") or {}).get("hysteresis_left") is not None:
         notes.append("the dynamic loss scale starts anew")
