@@ -264,6 +264,18 @@ def read_catalog(folder: Path) -> Catalog:
     raise CheckpointError(
         f"{folder} holds no checkpoint: neither {MANIFEST} nor {METADATA} is there"
         + (f", but {', '.join(found)}" if found else "; check the path")
+        + _how_to_convert(folder)
+    )
+
+
+def _how_to_convert(folder: Path) -> str:
+    from unishard.checkpoint.convert.registry import detect
+
+    known = detect(folder)
+    if known is None:
+        return ""
+    return (
+        f". `unishard ckpt convert {folder} TARGET --to unishard` makes one of this {known.title} checkpoint"
     )
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tests.checkpoint.convert import runs
 from torch import nn
 
+import unishard
 from unishard import checkpoint
 from unishard.checkpoint.convert import (
     Options,
@@ -286,6 +287,47 @@ def test_sharded_state_dicts_of_fsdp1(mesh: bool, tmp_path: Path, ranks: Ranks) 
         CorruptCheckpointError, match=r"the files hold 20 of the 35 elements of model.0.weight"
     ):
         open_checkpoint(folder)
+
+
+def test_several_files_of_whole_tensors_are_not_mixed(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        torch.save({"w": torch.full((2,), float(epoch))}, tmp_path / f"epoch{epoch}.pt")
+    with pytest.raises(
+        CheckpointError, match=r"several files of torch.save .*epoch1.pt, epoch2.pt.*; name one"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def loads_weights(folder: str) -> None:
+    model = runs.build(seed=7)
+    engine = unishard.initialize(model=model, config=runs.config(3, "bf16")).engine
+    with pytest.raises(
+        CheckpointError, match=r"holds weights and no optimizer state; pass load_module_only=True"
+    ):
+        engine.load_checkpoint(folder)
+    engine.load_checkpoint(folder, load_module_only=True)
+    expected = runs.build().state_dict()
+    for group in engine.schedule.groups:
+        assert group.buffer.shard.dtype == torch.float32
+    with unishard.gather(engine.module):
+        for name, param in engine.module.named_parameters():
+            torch.testing.assert_close(param.float(), expected[name], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("target", ["hf", "one.safetensors", "one.pt"])
+def test_the_engine_starts_from_weights(target: str, tmp_path: Path, ranks: Ranks) -> None:
+    torch.save(runs.build().state_dict(), tmp_path / "one.pt")
+    if target != "one.pt":
+        convert(tmp_path / "one.pt", tmp_path / target, "safetensors")
+    ranks(loads_weights, str(tmp_path / target))
+
+
+def test_the_code_door_names_the_command(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"unishard ckpt convert .* makes one of this Hugging Face safetensors"
+    ):
+        checkpoint.load({"model": {"w": torch.zeros(2)}}, tmp_path)
 
 
 # consolidation --------------------------------------------------------------------------------------------------

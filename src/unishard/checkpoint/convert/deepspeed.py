@@ -194,6 +194,8 @@ def _add_unoptimized(files: Files, opened: Opened, stage: int) -> None:
                 catalog.aliases[key] = first
             else:
                 catalog.tensors[key] = whole_tensor(files.folder, stored)
+    if stage >= 2 and model.get("frozen_param_shapes") is None:
+        catalog.about["frozen_excluded"] = True
     _require_parameters(files, opened)
 
 

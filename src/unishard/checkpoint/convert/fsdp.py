@@ -59,6 +59,7 @@ class FsdpFormat:
                     _put(opened, f"{STATE}.{name}.{kind}", value, file)
             groups = groups or list((optimizer or {"param_groups": []})["param_groups"])
             client |= {str(k): materialized(v) for k, v in rest.items() if not isinstance(v, Foreign)}
+        _require_sharded(opened)
         opened.catalog.about["ranks"] = len(_rank_files(path))
         put_groups(opened.catalog, groups, members_of(groups, {}, {}, str(path), hints.members))
         put_counters(opened.catalog, client)
@@ -160,6 +161,23 @@ def _mesh_sizes(mesh: Mapping[str, Any]) -> Sequence[int] | None:
         axes = _attributes(mesh["_layout"]).get("axes") or ()
         return [prod(_attributes(axis)["shape"]) for axis in axes] or None
     return mesh["mesh"].shape if isinstance(mesh.get("mesh"), Stored) else None
+
+
+def _require_sharded(opened: Opened) -> None:
+    """Several files of whole tensors are several checkpoints, or one in parts that have to be named."""
+    files = _rank_files(opened.folder)
+    if not any(len(info.chunks) > 1 for info in opened.catalog.tensors.values()) and len(files) > 1:
+        held = {chunk.file for info in opened.catalog.tensors.values() for chunk in info.chunks}
+        partial = any(
+            sum(c.box.numel for c in info.chunks) != prod(info.shape)
+            for info in opened.catalog.tensors.values()
+            if info.value is None
+        )
+        if not partial and len(held) == 1:
+            raise CheckpointError(
+                f"{opened.folder} holds several files of torch.save with whole tensors "
+                f"({', '.join(p.name for p in files[:6])}); name one of them"
+            )
 
 
 def _require_whole(opened: Opened) -> None:

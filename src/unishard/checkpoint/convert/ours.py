@@ -17,7 +17,7 @@ from unishard.checkpoint.convert.format import Hints, Opened, Options, Progress
 from unishard.checkpoint.convert.source import PIECE, Source
 from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, STATE
 from unishard.checkpoint.storage import RankFile, Reader, missing_files
-from unishard.errors import CorruptCheckpointError
+from unishard.errors import CheckpointError, CorruptCheckpointError
 from unishard.version import __version__
 
 
@@ -60,6 +60,10 @@ class UnishardFormat:
 
     def write(self, source: Source, target: Path, options: Options) -> tuple[Path, list[str]]:
         tag = options.tag or f"global_step{source.step()}"
+        if (target / tag).exists() and not options.overwrite:
+            raise CheckpointError(
+                f"{target / tag} exists; choose another place, or pass --overwrite (overwrite=True)"
+            )
         draft = commit.new_draft(target.absolute(), tag)
         try:
             with RankFile(draft, "__0_0.distcp") as file:
@@ -106,9 +110,8 @@ def _write_values(source: Source, file: RankFile) -> None:
 
 
 def _about(source: Source) -> dict[str, Any]:
-    kept = {
-        k: v for k, v in source.about.items() if k in ("samples", "frozen_excluded", "config", "sharding")
-    }
+    carried = ("samples", "frozen_excluded", "buffers", "config", "sharding")
+    kept = {k: v for k, v in source.about.items() if k in carried}
     return {
         **kept,
         "writer": "unishard",

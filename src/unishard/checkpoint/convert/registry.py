@@ -44,6 +44,12 @@ def detect(path: Path) -> Format | None:
     return next((found for name in _HOMES if (found := get(name)).detect(path)), None)
 
 
+def _is_training_checkpoint(path: Path) -> bool:
+    # Files of weights often lie beside the folders of a run's checkpoints, which are what is meant then.
+    found = detect(path)
+    return found is not None and found.name not in ("safetensors", "fsdp", "torch")
+
+
 def locate(path: Path, tag: str | None = None) -> Path:
     """The checkpoint that `path` means: itself, its `tag`, what `latest` names there, or the newest.
 
@@ -58,7 +64,7 @@ def locate(path: Path, tag: str | None = None) -> Path:
                 f"{path} holds no {tag!r}" + (f"; there are {', '.join(there)}" if there else "")
             )
         return path / tag
-    if path.is_file() or detect(path) is not None:
+    if path.is_file() or _is_training_checkpoint(path):
         return path
     for pointer in (LATEST, "latest_universal"):
         if (path / pointer).is_file():
