@@ -13,7 +13,7 @@ import torch
 from unishard.checkpoint.catalog import Catalog, read_catalog
 from unishard.checkpoint.entries import Entry
 from unishard.checkpoint.meeting import Meeting
-from unishard.checkpoint.storage import Progress, Reader, missing_files
+from unishard.checkpoint.storage import Progress, Reader, missing_files, unlisted_files
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def open_catalog(folder: Path, meeting: Meeting) -> Catalog:
     catalog, failure = Catalog(), None
     try:
         catalog = read_catalog(folder)
-        wrong = list(missing_files(folder, catalog))
+        wrong = [*missing_files(folder, catalog), *unlisted_files(folder, catalog)]
         if wrong:
             raise CorruptCheckpointError(f"{folder} is damaged: {'; '.join(wrong)}; load another checkpoint")
     except Exception as error:
@@ -52,7 +52,10 @@ def open_any(folder: Path, meeting: Meeting, members: Sequence[Sequence[str]] | 
     opened, failure = None, None
     try:
         opened = open_checkpoint(folder, hints=Hints(members))
-        wrong = list(missing_files(opened.folder, opened.catalog))
+        wrong = [
+            *missing_files(opened.folder, opened.catalog),
+            *unlisted_files(opened.folder, opened.catalog),
+        ]
         if not wrong and opened.format != "unishard":
             wrong = _changed_in_share(opened, meeting)
         if wrong:

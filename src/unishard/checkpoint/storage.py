@@ -15,7 +15,7 @@ import torch
 
 from unishard.checkpoint.archive import data_offset, envelope
 from unishard.checkpoint.boxes import Box, intersection, row_strides, split_rows, whole, within
-from unishard.checkpoint.catalog import BLOCK, Blob, Catalog, Chunk, Known, TensorInfo
+from unishard.checkpoint.catalog import BLOCK, MANIFEST, Blob, Catalog, Chunk, Known, TensorInfo
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
 _LARGEST_CHUNK = 1 << 30
@@ -261,3 +261,12 @@ def missing_files(folder: Path, catalog: Catalog) -> Iterator[str]:
             yield f"{name} is missing"
         elif path.stat().st_size != size:
             yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+
+
+def unlisted_files(folder: Path, catalog: Catalog) -> Iterator[str]:
+    """Files in the folder of a checkpoint of ours that are no part of it, one line each; hidden ones are left alone."""
+    if not (folder / MANIFEST).is_file():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name not in catalog.files and path.name != MANIFEST and not path.name.startswith("."):
+            yield f"{path.name} is not part of the checkpoint; move it elsewhere"

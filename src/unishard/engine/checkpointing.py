@@ -17,7 +17,7 @@ from unishard.checkpoint import commit
 from unishard.checkpoint.background import PendingSave, SaveQueue
 from unishard.checkpoint.catalog import Catalog, keys_of
 from unishard.checkpoint.entries import Contents, Entry
-from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, RANDOM, STATE
+from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, RANDOM, STATE, TRUST
 from unishard.checkpoint.loading import differences, open_any, read_entries, require_match
 from unishard.checkpoint.meeting import GroupMeeting, world
 from unishard.checkpoint.progress import bar
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from unishard.engine.engine import Engine
 
 log = logging.getLogger("unishard")
-
-TRUST = "UNISHARD_TRUST_CHECKPOINTS"
-"""Environment variable: 1 lets client state hold classes of your own, which loading runs code of."""
 
 
 def default_tag(engine: Engine) -> str:

@@ -1,4 +1,4 @@
-"""What a process of DeepSpeed does in the tests: `deepspeed_process.py write|continue FOLDER RESULTS`."""
+"""What a process of DeepSpeed does in the tests: `deepspeed_process.py FOLDER RESULTS`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tests.checkpoint.convert import runs
 WRITTEN: dict[str, Any] = {
     **{f"{stage}-fp32": {} for stage in range(4)},
     **{f"{stage}-bf16": {} for stage in range(4)},
-    "2-fp32-robin": {"round_robin_gradients": True},
-    "3-fp32-subgroups": {"sub_group_size": 300},
+    "2-fp32-robin": {"zero": {"round_robin_gradients": True}},
+    "3-fp32-subgroups": {"zero": {"sub_group_size": 300}},
+    "1-bf16-fp32-gradients": {"data_types": {"grad_accum_dtype": "fp32"}},
 }
 CONTINUED = [(1, "fp32", "two"), (2, "bf16", "two"), (3, "fp32", "one")]
 
@@ -33,9 +34,9 @@ def start(stage: int, dtype: str, seed: int = 0, one: bool = False, **more: Any)
 
 
 def write(folder: Path, found: dict[str, list[float]]) -> None:
-    for which, zero in WRITTEN.items():
+    for which, more in WRITTEN.items():
         stage, dtype = which.split("-")[:2]
-        engine = start(int(stage), dtype, zero=zero)
+        engine = start(int(stage), dtype, **more)
         runs.train(engine, runs.BEFORE)
         engine.save_checkpoint(folder / which, client_state={"note": [1, "two"]})
         found[which] = runs.train(engine, runs.AFTER)
@@ -52,10 +53,11 @@ def go_on(folder: Path, found: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    what, folder, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    folder, results = Path(sys.argv[1]), Path(sys.argv[2])
     deepspeed.init_distributed("gloo")
-    found: dict[str, list[float]] = {}
-    (write if what == "write" else go_on)(folder, found)
+    found: dict[str, dict[str, list[float]]] = {"written": {}, "continued": {}}
+    write(folder, found["written"])
+    go_on(folder / "universal", found["continued"])
     if dist.get_rank() == 0:
         results.write_text(json.dumps(found))
 

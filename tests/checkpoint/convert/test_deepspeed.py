@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from tests.checkpoint.convert import runs
 import unishard
 from unishard.checkpoint.convert import Options, compare, convert, open_checkpoint
 from unishard.errors import CheckpointError, CorruptCheckpointError, RankError, UnsupportedError
+from unishard.testing import RankPool
 
 Ranks = Callable[..., Any]
 pytestmark = [
@@ -33,25 +34,39 @@ WRITTEN = [f"{stage}-{dtype}" for stage in range(4) for dtype in ("fp32", "bf16"
 ]
 
 
-def deepspeed(what: str, folder: Path, results: Path, processes: int = 2) -> dict[str, list[float]]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+class Runs(NamedTuple):
+    """A folder that three ranks of DeepSpeed wrote to, and losses: after what it wrote, after what unishard wrote."""
+
+    folder: Path
+    written: dict[str, list[float]]
+    continued: dict[str, list[float]]
+    expected: dict[str, list[float]]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory, rank_pool: RankPool) -> Runs:
+    """One launch of DeepSpeed writes everything, and continues what unishard wrote before."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    expected = {}
+    for dtype, groups in (("fp32", "two"), ("fp32", "one"), ("bf16", "two")):
+        which = f"{dtype}-{groups}"
+        expected[which] = rank_pool.run(
+            unishard_writes, str(folder / "ours" / which), dtype, groups, world_size=2
+        )[0]
+        options = Options(torch_optimizer=True)
+        convert(folder / "ours" / which, folder / "universal" / which, "deepspeed-universal", options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    results = folder / "losses.json"
     done = subprocess.run(
-        [*command, str(PROCESS), what, str(folder), str(results)],
+        [*command, str(PROCESS), str(folder), str(results)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return json.loads(results.read_text())
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
-    """What three ranks of DeepSpeed wrote, and the losses with which they went on."""
-    folder = tmp_path_factory.mktemp("deepspeed")
-    return folder, deepspeed("write", folder, folder / "losses.json", processes=3)
+    return Runs(folder, **json.loads(results.read_text()), expected=expected)
 
 
 def unishard_continues(folder: str, stage: int, dtype: str) -> list[float]:
@@ -71,14 +86,15 @@ def unishard_continues(folder: str, stage: int, dtype: str) -> list[float]:
 @pytest.mark.parametrize("ranks_here", [2])
 @pytest.mark.parametrize("which", WRITTEN)
 def test_unishard_continues_what_deepspeed_wrote(
-    which: str, ranks_here: int, written: tuple[Path, dict[str, list[float]]], ranks: Ranks
+    which: str, ranks_here: int, theirs: Runs, ranks: Ranks
 ) -> None:
-    folder, losses = written
     stage, dtype = which.split("-")[:2]
-    found = ranks(unishard_continues, str(folder / which), (int(stage) + 1) % 4, dtype, world_size=ranks_here)
+    found = ranks(
+        unishard_continues, str(theirs.folder / which), (int(stage) + 1) % 4, dtype, world_size=ranks_here
+    )
     tolerance = 1e-5 if dtype == "fp32" else 2e-3
     for each in found:
-        assert each == pytest.approx(losses[which], rel=tolerance)
+        assert each == pytest.approx(theirs.written[which], rel=tolerance)
 
 
 def unishard_writes(folder: str, dtype: str, groups: str) -> list[float]:
@@ -91,55 +107,50 @@ def unishard_writes(folder: str, dtype: str, groups: str) -> list[float]:
     return runs.train(engine, runs.AFTER)
 
 
-def test_deepspeed_continues_what_unishard_wrote(tmp_path: Path, ranks: Ranks) -> None:
-    expected = {}
-    for dtype, groups in (("fp32", "two"), ("fp32", "one"), ("bf16", "two")):
-        which = f"{dtype}-{groups}"
-        expected[which] = ranks(unishard_writes, str(tmp_path / "ours" / which), dtype, groups)[0]
-        options = Options(torch_optimizer=True)
-        convert(tmp_path / "ours" / which, tmp_path / "universal" / which, "deepspeed-universal", options)
-    found = deepspeed("continue", tmp_path / "universal", tmp_path / "losses.json")
-    assert found.keys() == {"1-fp32-two", "2-bf16-two", "3-fp32-one"}
-    for which, losses in found.items():
+def test_deepspeed_continues_what_unishard_wrote(theirs: Runs) -> None:
+    assert theirs.continued.keys() == {"1-fp32-two", "2-bf16-two", "3-fp32-one"}
+    for which, losses in theirs.continued.items():
         tolerance = 1e-5 if "fp32" in which else 2e-3
-        assert losses == pytest.approx(expected[which[2:]], rel=tolerance), which
+        assert losses == pytest.approx(theirs.expected[which[2:]], rel=tolerance), which
 
 
-def test_all_stages_hold_the_same(written: tuple[Path, dict[str, list[float]]]) -> None:
-    first = open_checkpoint(written[0] / "1-fp32")
+def test_all_stages_hold_the_same(theirs: Runs) -> None:
+    first = open_checkpoint(theirs.folder / "1-fp32")
     for which in ("2-fp32", "3-fp32", "2-fp32-robin", "3-fp32-subgroups"):
-        differences = list(compare(first, open_checkpoint(written[0] / which)))
+        differences = list(compare(first, open_checkpoint(theirs.folder / which)))
         assert all(d.largest is not None and d.largest < 1e-6 for d in differences), differences
     assert first.catalog.aliases == {"model.head.weight": "model.embed.weight"}
 
 
-@pytest.mark.parametrize("which", ["1-fp32", "2-bf16", "3-bf16", "2-fp32-robin", "3-fp32-subgroups"])
+@pytest.mark.parametrize(
+    "which", ["1-fp32", "2-bf16", "3-bf16", "2-fp32-robin", "3-fp32-subgroups", "1-bf16-fp32-gradients"]
+)
 def test_weights_are_those_that_deepspeed_itself_consolidates(
-    which: str, written: tuple[Path, dict[str, list[float]]], monkeypatch: pytest.MonkeyPatch
+    which: str, theirs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as theirs
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as reference
 
     from unishard.checkpoint.convert import get_fp32_state_dict_from_zero_checkpoint as ours
 
-    expected = {name: value.contiguous() for name, value in theirs(str(written[0] / which)).items()}
-    found = ours(written[0] / which)
-    if which.startswith("1"):  # where DeepSpeed's own loses frozen weights
+    expected = {name: value.contiguous() for name, value in reference(str(theirs.folder / which)).items()}
+    found = ours(theirs.folder / which)
+    if which.startswith("1-"):  # where DeepSpeed's own loses frozen weights
         expected |= {n: v for n, v in found.items() if n.startswith("frozen")}
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected[name].float(), rtol=0, atol=0)
     assert found["head.weight"] is found["embed.weight"]
-    trained = ours(written[0] / which, exclude_frozen_parameters=True)
+    trained = ours(theirs.folder / which, exclude_frozen_parameters=True)
     assert set(found) - set(trained) == {"frozen.weight", "frozen.bias"}
 
 
 # damage ---------------------------------------------------------------------------------------------------------
 
 
-def copy_of(written: tuple[Path, dict[str, list[float]]], which: str, to: Path) -> Path:
-    shutil.copytree(written[0] / which, to)
+def copy_of(theirs: Runs, which: str, to: Path) -> Path:
+    shutil.copytree(theirs.folder / which, to)
     return to / f"global_step{runs.STEPS}"
 
 
@@ -164,10 +175,8 @@ def optimizer_file(tag: Path, rank: int) -> Path:
     ],
 )
 @pytest.mark.parametrize("which", ["2-fp32", "3-fp32"])
-def test_damage_is_named(
-    which: str, how: str, message: str, written: tuple[Path, dict[str, list[float]]], tmp_path: Path
-) -> None:
-    tag = copy_of(written, which, tmp_path / "copy")
+def test_damage_is_named(which: str, how: str, message: str, theirs: Runs, tmp_path: Path) -> None:
+    tag = copy_of(theirs, which, tmp_path / "copy")
     file = optimizer_file(tag, 1)
     content = bytearray(file.read_bytes())
     if how == "missing":
@@ -199,10 +208,8 @@ def damaged_on_load(folder: str) -> None:
         engine.load_checkpoint(folder)
 
 
-def test_a_flipped_byte_is_everybodys_error(
-    written: tuple[Path, dict[str, list[float]]], tmp_path: Path, ranks: Ranks
-) -> None:
-    tag = copy_of(written, "3-fp32", tmp_path / "copy")
+def test_a_flipped_byte_is_everybodys_error(theirs: Runs, tmp_path: Path, ranks: Ranks) -> None:
+    tag = copy_of(theirs, "3-fp32", tmp_path / "copy")
     file = optimizer_file(tag, 1)
     chunk = next(
         c for c in open_checkpoint(tag).catalog.tensors["model.embed.weight"].chunks if c.file == file.name
@@ -213,10 +220,8 @@ def test_a_flipped_byte_is_everybodys_error(
     ranks(damaged_on_load, str(tmp_path / "copy"))
 
 
-def test_a_model_split_over_tensor_parallel_ranks_is_refused(
-    written: tuple[Path, dict[str, list[float]]], tmp_path: Path
-) -> None:
-    tag = copy_of(written, "1-fp32", tmp_path / "copy")
+def test_a_model_split_over_tensor_parallel_ranks_is_refused(theirs: Runs, tmp_path: Path) -> None:
+    tag = copy_of(theirs, "1-fp32", tmp_path / "copy")
     shutil.copy(tag / "mp_rank_00_model_states.pt", tag / "mp_rank_01_model_states.pt")
     with pytest.raises(UnsupportedError, match=r"split over tensor-parallel ranks"):
         open_checkpoint(tag)
@@ -231,10 +236,8 @@ def resumes_by_itself(folder: str) -> None:
     assert engine.global_steps == runs.STEPS
 
 
-def test_auto_resume_does_not_start_anew_over_deepspeeds_checkpoints(
-    written: tuple[Path, dict[str, list[float]]], ranks: Ranks
-) -> None:
-    ranks(resumes_by_itself, str(written[0] / "3-fp32"))
+def test_auto_resume_does_not_start_anew_over_deepspeeds_checkpoints(theirs: Runs, ranks: Ranks) -> None:
+    ranks(resumes_by_itself, str(theirs.folder / "3-fp32"))
 
 
 def other_model(folder: str) -> None:
@@ -243,10 +246,8 @@ def other_model(folder: str) -> None:
         engine.load_checkpoint(folder)
 
 
-def test_another_model_is_refused_with_a_table(
-    written: tuple[Path, dict[str, list[float]]], ranks: Ranks
-) -> None:
-    ranks(other_model, str(written[0] / "1-fp32"))
+def test_another_model_is_refused_with_a_table(theirs: Runs, ranks: Ranks) -> None:
+    ranks(other_model, str(theirs.folder / "1-fp32"))
 
 
 def test_the_dynamic_loss_scale_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,6 +362,24 @@ def test_the_script_beside_the_checkpoint(tmp_path: Path, capsys: pytest.Capture
     assert "exists; choose another place" in capsys.readouterr().err
 
 
+def test_the_script_that_the_engine_writes_is_run(tmp_path: Path) -> None:
+    model = runs.build()
+    engine = unishard.initialize(
+        model=model, model_parameters=runs.groups(model), config=runs.config(2, "fp32")
+    ).engine
+    runs.train(engine, range(1))
+    engine.save_checkpoint(tmp_path)
+    command = [sys.executable, str(tmp_path / "zero_to_fp32.py"), str(tmp_path), str(tmp_path / "out.bin")]
+    done = subprocess.run(
+        [*command, "--exclude_frozen_parameters"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "out.bin", weights_only=True)
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith("frozen")}
+    equal({name: found[name] for name in expected}, expected)
+    assert found.keys() == expected.keys()
+
+
 def test_consolidated_weights_in_memory_and_in_place(tmp_path: Path) -> None:
     model = ours(tmp_path)
     expected = dict(model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from unishard.checkpoint.catalog import Catalog
 from unishard.checkpoint.convert.format import Hints, Opened, Options
 from unishard.checkpoint.convert.registry import get, open_checkpoint
 from unishard.checkpoint.convert.source import PIECE, Source
-from unishard.checkpoint.keys import GROUPS
+from unishard.checkpoint.keys import GROUPS, TRUST
 from unishard.checkpoint.progress import bar
 from unishard.checkpoint.storage import Reader
 from unishard.errors import CheckpointError, CorruptCheckpointError
@@ -64,7 +65,7 @@ def convert(
     total = Source(opened, options).nbytes()
     with (
         bar(f"converting to {writer.title}", total) as progress,
-        Source(opened, options, progress) as reading,
+        Source(opened, options, progress, trust=os.environ.get(TRUST) == "1") as reading,
     ):
         path, notes = writer.write(reading, Path(target), options)
     return Converted(path, [*opened.notes, *notes])

@@ -12,11 +12,11 @@ import torch
 
 from unishard.checkpoint import commit
 from unishard.checkpoint.boxes import Box
-from unishard.checkpoint.catalog import MANIFEST, METADATA, Catalog, read_catalog
+from unishard.checkpoint.catalog import MANIFEST, read_catalog
 from unishard.checkpoint.convert.format import Hints, Opened, Options, Progress
 from unishard.checkpoint.convert.source import PIECE, Source
-from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, STATE
-from unishard.checkpoint.storage import RankFile, Reader, missing_files
+from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, STATE, TRUST
+from unishard.checkpoint.storage import RankFile, Reader, missing_files, unlisted_files
 from unishard.errors import CheckpointError, CorruptCheckpointError
 from unishard.version import __version__
 
@@ -39,7 +39,7 @@ class UnishardFormat:
 
     def verify(self, opened: Opened, progress: Progress) -> Iterator[str]:
         """Reads everything and compares each MiB with its checksum in the manifest."""
-        yield from unlisted_files(opened, (MANIFEST, METADATA))
+        yield from unlisted_files(opened.folder, opened.catalog)
         catalog = opened.catalog
         with Reader(opened.folder, catalog, progress=progress) as reader:
             for key, info in catalog.tensors.items():
@@ -52,7 +52,7 @@ class UnishardFormat:
                         yield str(error)
             for key in catalog.blobs:
                 try:
-                    reader.blob(key, trust=os.environ.get("UNISHARD_TRUST_CHECKPOINTS") == "1")
+                    reader.blob(key, trust=os.environ.get(TRUST) == "1")
                 except CorruptCheckpointError as error:
                     yield str(error)
                 except Exception:  # classes that are not trusted: the checksum was compared before
@@ -123,11 +123,3 @@ def _about(source: Source) -> dict[str, Any]:
         "converted_from": source.opened.format,
         "written_by": source.about.get("writer"),
     }
-
-
-def unlisted_files(opened: Opened, also: tuple[str, ...]) -> Iterator[str]:
-    """Files in the checkpoint's folder that are no part of it."""
-    catalog: Catalog = opened.catalog
-    for path in sorted(opened.folder.iterdir()):
-        if path.name not in catalog.files and path.name not in also:
-            yield f"{path.name} is not part of the checkpoint; move it elsewhere"

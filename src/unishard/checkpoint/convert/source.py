@@ -48,7 +48,8 @@ class Source:
         """By parameter or buffer name, tied ones once, in the dtype that they are to have."""
         names = keys_of(MODEL, self._catalog.tensors)
         if self._options.exclude_frozen:
-            names = [name for name in names if name not in self._frozen(names)]
+            frozen = self._frozen(names)
+            names = [name for name in names if name not in frozen]
         return {name: self._wanted(self._catalog.tensors[f"{MODEL}.{name}"]) for name in names}
 
     def _frozen(self, names: list[str]) -> set[str]:
