@@ -122,9 +122,7 @@ def test_all_stages_hold_the_same(theirs: Runs) -> None:
     assert first.catalog.aliases == {"model.head.weight": "model.embed.weight"}
 
 
-@pytest.mark.parametrize(
-    "which", ["1-fp32", "2-bf16", "3-bf16", "2-fp32-robin", "3-fp32-subgroups", "1-bf16-fp32-gradients"]
-)
+@pytest.mark.parametrize("which", ["1-fp32", "2-bf16", "3-bf16", "2-fp32-robin", "3-fp32-subgroups"])
 def test_weights_are_those_that_deepspeed_itself_consolidates(
     which: str, theirs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
