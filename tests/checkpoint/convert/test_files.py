@@ -242,51 +242,91 @@ def test_transformers_loads_what_is_written_and_the_reverse(tmp_path: Path) -> N
 # FSDP1 ----------------------------------------------------------------------------------------------------------
 
 
-def fsdp1_writes(folder: str, mesh: bool) -> dict[str, torch.Tensor]:
+def small(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def inputs(step: int) -> torch.Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).chunk(2)[dist.get_rank()]
+
+
+def fsdp1_writes(folder: str, mesh: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
+    from torch.distributed.fsdp import StateDictType
 
     more: dict[str, Any] = {"device_mesh": init_device_mesh("cpu", (2,))} if mesh else {}
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **more)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
-    wrapped(torch.ones(2, 5)).sum().backward()
-    optimizer.step()
-    with FullyShardedDataParallel.state_dict_type(
-        wrapped, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig()
+    model = small(0)
+    wrapped = Fsdp(model, use_orig_params=True, device_id=torch.device("cpu"), **more)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.3)
+
+    def train(steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            loss = wrapped(inputs(step)).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(runs.mean(loss))
+        return losses
+
+    train(range(2))
+    for kind, place in (
+        (StateDictType.SHARDED_STATE_DICT, "sharded"),
+        (StateDictType.FULL_STATE_DICT, "full"),
     ):
-        state, optimizer_state = (
-            wrapped.state_dict(),
-            FullyShardedDataParallel.optim_state_dict(wrapped, optimizer),
-        )
-    torch.save({"model": state, "optimizer": optimizer_state}, f"{folder}/rank{dist.get_rank()}.pt")
-    with FullyShardedDataParallel.summon_full_params(wrapped):
-        return {name: value.detach().clone() for name, value in model.named_parameters()}
+        with Fsdp.state_dict_type(wrapped, kind):
+            content = {"model": wrapped.state_dict(), "optimizer": Fsdp.optim_state_dict(wrapped, optimizer)}
+        if kind is StateDictType.SHARDED_STATE_DICT or dist.get_rank() == 0:
+            torch.save(content, f"{folder}/{place}/rank{dist.get_rank()}.pt")
+    with Fsdp.summon_full_params(wrapped):
+        whole = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return whole, train(range(2, 5))
+
+
+def continues_fsdp1(path: str) -> list[float]:
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.7}},  # replaced by the checkpoint's
+    }
+    engine = unishard.initialize(model=small(3), config=settings).engine
+    engine.load_checkpoint(path)
+    losses = []
+    for step in range(2, 5):
+        loss = engine(inputs(step)).pow(2).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(runs.mean(loss))
+    return losses
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mesh", [False, True], ids=["ShardedTensor", "DTensor"])
-def test_sharded_state_dicts_of_fsdp1(mesh: bool, tmp_path: Path, ranks: Ranks) -> None:
-    folder = tmp_path / "fsdp"
-    folder.mkdir()
-    expected = ranks(fsdp1_writes, str(folder), mesh, world_size=2)[0]
-    opened = open_checkpoint(folder)
+def test_state_dicts_of_fsdp1(mesh: bool, tmp_path: Path, ranks: Ranks) -> None:
+    for place in ("sharded", "full"):
+        (tmp_path / place).mkdir()
+    expected, losses = ranks(fsdp1_writes, str(tmp_path), mesh, world_size=2)[0]
+    sharded, full = tmp_path / "sharded", tmp_path / "full" / "rank0.pt"
+    opened = open_checkpoint(sharded)
     assert opened.format == "fsdp"
     assert list(verify(opened)) == []
-    convert(folder, tmp_path / "one.pt", "torch")
+    assert list(compare(opened, open_checkpoint(full))) == []
+    for path in (sharded, full):
+        assert ranks(continues_fsdp1, str(path), world_size=2)[0] == pytest.approx(losses, rel=1e-5)
+    convert(sharded, tmp_path / "one.pt", "torch")
     found = torch.load(tmp_path / "one.pt", weights_only=True)
     equal(found["model"], expected)
-    fresh = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    fresh = small(5)
     optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-2)
     optimizer.load_state_dict(found["optimizer"])
-    assert optimizer.state[fresh[0].weight]["exp_avg"].abs().sum() > 0
-    assert optimizer.state[fresh[0].weight]["step"] == 1
-    (folder / "rank1.pt").unlink()
+    assert optimizer.state[next(fresh.parameters())]["step"] == 2
+    (sharded / "rank1.pt").unlink()
     with pytest.raises(
         CorruptCheckpointError, match=r"the files hold 20 of the 35 elements of model.0.weight"
     ):
-        open_checkpoint(folder)
+        open_checkpoint(sharded)
 
 
 def test_several_files_of_whole_tensors_are_not_mixed(tmp_path: Path) -> None:
