@@ -151,6 +151,8 @@ def damage(folder: Path, how: str) -> None:
         file.unlink()
     elif how == "manifest":
         (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:-50])
+    elif how == "foreign":
+        (folder / "__7_0.distcp").write_bytes(b"of another checkpoint")
     elif how == "grown":
         file.write_bytes(content + b"x")
 
@@ -162,6 +164,7 @@ def damage(folder: Path, how: str) -> None:
         ("truncated", r"__0_0.distcp has \d+ bytes instead of \d+"),
         ("grown", r"__0_0.distcp has \d+ bytes instead of \d+"),
         ("missing", "__0_0.distcp is missing"),
+        ("foreign", "__7_0.distcp is not part of the checkpoint; move it elsewhere"),
         ("manifest", "manifest.json is damaged"),
     ],
 )

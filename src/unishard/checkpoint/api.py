@@ -13,6 +13,7 @@ from unishard.checkpoint.catalog import Catalog, read_catalog
 from unishard.checkpoint.entries import entries_of, flatten
 from unishard.checkpoint.loading import differences, open_catalog, read_entries, require_match
 from unishard.checkpoint.meeting import GroupMeeting, world
+from unishard.checkpoint.progress import bar
 from unishard.checkpoint.saving import Place, begin, finish
 from unishard.checkpoint.storage import Reader
 
@@ -44,7 +45,8 @@ def save(state: State, folder: str | Path) -> Path:
     comm = world()
     meeting, place = GroupMeeting(comm), _place(folder, None)
     contents = entries_of(state, comm.rank, comm.size)
-    return finish(place, begin(place, meeting), contents, meeting)
+    with bar(f"saving {place.tag}", contents.nbytes, show=comm.rank == 0) as progress:
+        return finish(place, begin(place, meeting), contents, meeting, progress)
 
 
 def async_save(state: State, folder: str | Path) -> PendingSave:
@@ -86,7 +88,10 @@ def load(state: State, folder: str | Path, *, strict: bool = True) -> None:
     def read_values(reader: Reader) -> dict[str, Any]:
         return {key: reader.blob(key) for key in values}
 
-    for key, value in read_entries(path, catalog, entries, meeting, then=read_values).items():
+    total = sum(part.tensor.nbytes for entry in entries for part in entry.held)
+    with bar(f"loading {path.name}", total, show=comm.rank == 0) as progress:
+        found = read_entries(path, catalog, entries, meeting, then=read_values, progress=progress)
+    for key, value in found.items():
         _put(state, key, value)
 
 

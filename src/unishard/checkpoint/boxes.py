@@ -93,6 +93,39 @@ def within(box: Box, outer: Box) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(starts, box.sizes, strict=True))
 
 
+def row_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Elements between neighbours of each dim of a row-major tensor.
+
+    >>> row_strides((4, 2, 3))
+    (6, 3, 1)
+    """
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def pieces(shape: Sequence[int], most: int) -> Iterator[Box]:
+    """A tensor cut into boxes of at most `most` elements, in element order, each contiguous in a row-major tensor.
+
+    >>> [(b.offsets, b.sizes) for b in pieces((1, 5, 2), 4)]
+    [((0, 0, 0), (1, 2, 2)), ((0, 2, 0), (1, 2, 2)), ((0, 4, 0), (1, 1, 2))]
+    """
+    if prod(shape) <= most or not shape:
+        yield whole(shape)
+        return
+    row, rest = prod(shape[1:]), shape[1:]
+    if row > most:
+        for first in range(shape[0]):
+            for box in pieces(rest, most):
+                yield Box((first, *box.offsets), (1, *box.sizes))
+        return
+    step = most // row
+    for first in range(0, shape[0], step):
+        yield Box((first, *([0] * len(rest))), (min(step, shape[0] - first), *rest))
+
+
 def split_rows(box: Box, parts: int) -> list[Box]:
     """`box` cut along its first dim into `parts` boxes of nearly equal length; some may be empty (size 0).
 

@@ -34,6 +34,8 @@ class Chunk:
     data: int | None = None
     checksums: tuple[int, ...] = ()
     """CRC-32 of each block of raw bytes; none in checkpoints of other origin."""
+    strides: tuple[int, ...] | None = None
+    """Elements between neighbours of each dim, where another program did not store the box row by row."""
 
     @property
     def box(self) -> Box:
@@ -47,6 +49,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: list[Chunk] = field(default_factory=list)
+    value: torch.Tensor | None = None
+    """The tensor itself, in place of chunks, where another format has it only as a number (counters)."""
 
     @property
     def nbytes(self) -> int:
@@ -66,12 +70,19 @@ class Blob:
     checksum: int | None = None
 
 
+@dataclass(frozen=True)
+class Known:
+    """A value that a catalog of another format has by itself: found where no bytes of `torch.save` stand for it."""
+
+    value: Any
+
+
 @dataclass
 class Catalog:
     """Everything in one checkpoint, by key. `aliases` are further keys of tied tensors."""
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    blobs: dict[str, Blob] = field(default_factory=dict)
+    blobs: dict[str, Blob | Known] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     """Bytes of each file."""
@@ -113,7 +124,7 @@ class Catalog:
             key: {
                 "shape": info.shape,
                 "dtype": str(info.dtype).removeprefix("torch."),
-                "chunks": [asdict(chunk) for chunk in info.chunks],
+                "chunks": [_written(chunk) for chunk in info.chunks],
             }
             for key, info in self.tensors.items()
         }
@@ -167,6 +178,8 @@ class Catalog:
                 index = MetadataIndex(key, torch.Size(chunk.offsets), position)
                 storage[index] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
         for key, blob in self.blobs.items():
+            if isinstance(blob, Known):
+                raise CheckpointError(f"{key} is not in any file; write it before the catalog")
             entries[key] = BytesStorageMetadata()
             storage[MetadataIndex(key)] = _StorageInfo(blob.file, blob.offset, blob.length)
         paths = {key: _path(key) for key in entries}
@@ -202,6 +215,12 @@ class Catalog:
                 )
             catalog.tensors[key] = info
         return catalog
+
+
+def _written(chunk: Chunk) -> dict[str, Any]:
+    fields = asdict(chunk)
+    del fields["strides"]  # what we write is row by row
+    return fields
 
 
 def _info(entry: Mapping[str, Any]) -> TensorInfo:
@@ -245,6 +264,18 @@ def read_catalog(folder: Path) -> Catalog:
     raise CheckpointError(
         f"{folder} holds no checkpoint: neither {MANIFEST} nor {METADATA} is there"
         + (f", but {', '.join(found)}" if found else "; check the path")
+        + _how_to_convert(folder)
+    )
+
+
+def _how_to_convert(folder: Path) -> str:
+    from unishard.checkpoint.convert.registry import detect
+
+    known = detect(folder)
+    if known is None:
+        return ""
+    return (
+        f". `unishard ckpt convert {folder} TARGET --to unishard` makes one of this {known.title} checkpoint"
     )
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unishard.checkpoint.catalog import Catalog, read_catalog
 from unishard.checkpoint.entries import Entry
 from unishard.checkpoint.meeting import Meeting
-from unishard.checkpoint.storage import Progress, Reader, missing_files
+from unishard.checkpoint.storage import Progress, Reader, missing_files, unlisted_files
 from unishard.errors import CheckpointError, CorruptCheckpointError
+
+if TYPE_CHECKING:
+    from unishard.checkpoint.convert.format import Opened
+
+log = logging.getLogger("unishard")
 
 _MOST_ROWS = 40
 
@@ -22,13 +29,53 @@ def open_catalog(folder: Path, meeting: Meeting) -> Catalog:
     catalog, failure = Catalog(), None
     try:
         catalog = read_catalog(folder)
-        wrong = list(missing_files(folder, catalog))
+        wrong = [*missing_files(folder, catalog), *unlisted_files(folder, catalog)]
         if wrong:
             raise CorruptCheckpointError(f"{folder} is damaged: {'; '.join(wrong)}; load another checkpoint")
     except Exception as error:
         failure = error
     meeting.meet(f"open {folder}", failure)
     return catalog
+
+
+def open_any(folder: Path, meeting: Meeting, members: Sequence[Sequence[str]] | None = None) -> Opened:
+    """As `open_catalog`, for checkpoints of every format that `unishard.checkpoint.convert` knows, under our keys.
+
+    Where a format keeps checksums of whole records, the ranks divide its files and compare them, once.
+
+    Args:
+        members: the parameter names of the optimizer's groups, for formats that keep its state by position.
+    """
+    from unishard.checkpoint.convert.format import Hints
+    from unishard.checkpoint.convert.registry import open_checkpoint
+
+    opened, failure = None, None
+    try:
+        opened = open_checkpoint(folder, hints=Hints(members))
+        wrong = [
+            *missing_files(opened.folder, opened.catalog),
+            *unlisted_files(opened.folder, opened.catalog),
+        ]
+        if not wrong and opened.format != "unishard":
+            wrong = _changed_in_share(opened, meeting)
+        if wrong:
+            raise CorruptCheckpointError(f"{folder} is damaged: {'; '.join(wrong)}; load another checkpoint")
+    except Exception as error:
+        failure = error
+    meeting.meet(f"open {folder}", failure)
+    if opened is None:
+        raise CheckpointError(f"{folder} was not opened")
+    for note in opened.notes if meeting.rank == 0 else ():
+        log.warning("unishard: %s: %s", folder, note)
+    return opened
+
+
+def _changed_in_share(opened: Opened, meeting: Meeting) -> list[str]:
+    from unishard.checkpoint.convert.registry import get
+
+    mine = dict(list(opened.catalog.files.items())[meeting.rank :: meeting.size])
+    part = replace(opened, catalog=replace(opened.catalog, files=mine))
+    return list(get(opened.format).verify(part, lambda done: None))
 
 
 def differences(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import io
 import os
@@ -10,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from unishard.checkpoint.archive import data_offset, envelope
-from unishard.checkpoint.boxes import Box, intersection, split_rows, within
-from unishard.checkpoint.catalog import BLOCK, Blob, Catalog, Chunk, TensorInfo
+from unishard.checkpoint.boxes import Box, intersection, row_strides, split_rows, whole, within
+from unishard.checkpoint.catalog import BLOCK, MANIFEST, Blob, Catalog, Chunk, Known, TensorInfo
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
 _LARGEST_CHUNK = 1 << 30
@@ -141,6 +141,8 @@ class Reader:
         blob = self._catalog.blobs.get(key)
         if blob is None:
             raise CheckpointError(f"{self._folder} holds no {key!r}")
+        if isinstance(blob, Known):
+            return copy.deepcopy(blob.value)
         content = self._pread(blob.file, blob.offset, blob.length, key)
         if self._verify and blob.checksum is not None and zlib.crc32(content) != blob.checksum:
             raise self._changed(blob.file, key, blob.offset)
@@ -160,6 +162,9 @@ class Reader:
         info = self._catalog.find(key)
         if info is None:
             raise CheckpointError(f"{self._folder} holds no tensor {key!r}")
+        if info.value is not None:
+            target.copy_(info.value[within(box, whole(info.shape))])
+            return
         covered = 0
         for chunk in info.chunks:
             shared = intersection(box, chunk.box)
@@ -174,21 +179,14 @@ class Reader:
             )
 
     def _shared(self, key: str, info: TensorInfo, chunk: Chunk, shared: Box) -> torch.Tensor:
-        """The elements of `shared`, read as the rows of the chunk that contain them."""
-        if not chunk.sizes:
-            first, rows, row_bytes, rest = 0, 1, info.dtype.itemsize, ()
-        else:
-            first, rows = shared.offsets[0] - chunk.offsets[0], shared.sizes[0]
-            rest = chunk.sizes[1:]
-            row_bytes = int(np.prod(rest, dtype=np.int64)) * info.dtype.itemsize
-        content = self._raw(key, info, chunk, first * row_bytes, rows * row_bytes)
-        found = (
-            torch.frombuffer(content, dtype=info.dtype) if len(content) else torch.empty(0, dtype=info.dtype)
-        )
-        if not chunk.sizes:
-            return found[0]
-        held = Box((shared.offsets[0], *chunk.offsets[1:]), (rows, *rest))
-        return found.view(rows, *rest)[within(shared, held)]
+        """The elements of `shared`, read as the shortest run of the chunk's bytes that contains them."""
+        strides = chunk.strides if chunk.strides is not None else row_strides(chunk.sizes)
+        starts = [a - b for a, b in zip(shared.offsets, chunk.offsets, strict=True)]
+        first = sum(a * b for a, b in zip(starts, strides, strict=True))
+        last = first + sum((size - 1) * b for size, b in zip(shared.sizes, strides, strict=True))
+        width = info.dtype.itemsize
+        content = self._raw(key, info, chunk, first * width, (last + 1 - first) * width)
+        return torch.frombuffer(content, dtype=info.dtype).as_strided(shared.sizes, strides)
 
     def _raw(self, key: str, info: TensorInfo, chunk: Chunk, start: int, size: int) -> bytearray:
         """Raw bytes [start, start + size) of a chunk, checked block by block where checksums are known."""
@@ -263,3 +261,12 @@ def missing_files(folder: Path, catalog: Catalog) -> Iterator[str]:
             yield f"{name} is missing"
         elif path.stat().st_size != size:
             yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+
+
+def unlisted_files(folder: Path, catalog: Catalog) -> Iterator[str]:
+    """Files in the folder of a checkpoint of ours that are no part of it, one line each; hidden ones are left alone."""
+    if not (folder / MANIFEST).is_file():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name not in catalog.files and path.name != MANIFEST and not path.name.startswith("."):
+            yield f"{path.name} is not part of the checkpoint; move it elsewhere"

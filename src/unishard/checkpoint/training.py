@@ -15,13 +15,12 @@ from torch import nn
 from unishard.checkpoint.boxes import whole
 from unishard.checkpoint.catalog import Catalog, keys_of
 from unishard.checkpoint.entries import Contents, Entry, Part, replicated, run_parts, share
+from unishard.checkpoint.keys import GROUPS, MODEL, STATE
 from unishard.dist.collectives import Communicator
 from unishard.errors import UnsupportedError
 from unishard.optim.flat import Piece
 from unishard.optim.sharded import ShardedOptimizer
 from unishard.sharding.group import ShardGroup
-
-MODEL, STATE, GROUPS = "model", "optim.state", "optim.param_groups"
 
 
 class Names:
@@ -93,6 +92,24 @@ def _spans(group: ShardGroup) -> Sequence[Any]:
             "unishard.checkpoint.save(state, folder)"
         )
     return spans
+
+
+def adopt_names(catalog: Catalog, aliases: Mapping[str, str]) -> None:
+    """Let a checkpoint of other origin, which may know tied weights by another of their names, know them by ours.
+
+    Args:
+        aliases: of this model, as `Contents` has them.
+    """
+    for alias, key in aliases.items():
+        if catalog.find(key) is None and catalog.find(alias) is not None:
+            catalog.aliases[key] = catalog.aliases.get(alias, alias)
+        other, name = (
+            f"{STATE}.{alias.removeprefix(MODEL + '.')}.",
+            f"{STATE}.{key.removeprefix(MODEL + '.')}.",
+        )
+        for state in [k for k in catalog.tensors if k.startswith(other) and "." not in k[len(other) :]]:
+            catalog.tensors.setdefault(name + state[len(other) :], catalog.tensors[state])
+            del catalog.tensors[state]
 
 
 def optimizer_contents(optimizer: ShardedOptimizer, module: nn.Module, world: Communicator) -> Contents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from unishard.cli.bench import bench
+from unishard.cli.checkpoint import app as checkpoint_app
 from unishard.cli.config import app as config_app
 
 app = typer.Typer(
@@ -14,6 +15,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_app, name="ckpt")
 app.command()(bench)
 
 

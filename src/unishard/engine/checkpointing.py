@@ -17,18 +17,27 @@ from unishard.checkpoint import commit
 from unishard.checkpoint.background import PendingSave, SaveQueue
 from unishard.checkpoint.catalog import Catalog, keys_of
 from unishard.checkpoint.entries import Contents, Entry
-from unishard.checkpoint.loading import differences, open_catalog, read_entries, require_match
+from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, RANDOM, STATE, TRUST
+from unishard.checkpoint.loading import differences, open_any, read_entries, require_match
 from unishard.checkpoint.meeting import GroupMeeting, world
+from unishard.checkpoint.progress import bar
 from unishard.checkpoint.saving import Place, begin, finish
 from unishard.checkpoint.storage import Reader
 from unishard.checkpoint.training import (
-    GROUPS,
-    MODEL,
+    Names,
+    adopt_names,
     model_contents,
     optimizer_contents,
     optimizer_differences,
     optimizer_entries,
     persistent_buffers,
+)
+from unishard.engine.foreign_checkpoints import (
+    complete_counters,
+    find_checkpoint,
+    foreign_tags,
+    group_members,
+    own_options,
 )
 from unishard.engine.sampling import PositionedSampler
 from unishard.errors import CheckpointError
@@ -37,10 +46,6 @@ if TYPE_CHECKING:
     from unishard.engine.engine import Engine
 
 log = logging.getLogger("unishard")
-
-ENGINE, CLIENT, RANDOM = "unishard.engine", "unishard.client_state", "unishard.rng"
-TRUST = "UNISHARD_TRUST_CHECKPOINTS"
-"""Environment variable: 1 lets client state hold classes of your own, which loading runs code of."""
 
 
 def default_tag(engine: Engine) -> str:
@@ -139,6 +144,7 @@ class Checkpoints:
             "samples": engine.global_samples,
             "frozen_excluded": exclude_frozen,
             "sharding": engine.config.sharding,
+            "buffers": [name for name, _ in persistent_buffers(engine.module)],
             "config": engine.config.as_dict(),
         }
         place = Place(Path(folder).absolute(), str(tag or default_tag(engine)), about, latest, keep_last)
@@ -146,7 +152,8 @@ class Checkpoints:
         if background:
             return self.queue.start(place, contents)
         meeting = GroupMeeting(world())
-        path = finish(place, begin(place, meeting), contents, meeting)
+        with bar(f"saving {place.tag}", contents.nbytes, show=meeting.rank == 0) as progress:
+            path = finish(place, begin(place, meeting), contents, meeting, progress)
         if meeting.rank == 0:
             write_exporter(place.parent)
         return path
@@ -159,7 +166,7 @@ class Checkpoints:
         found, failure = None, None
         if meeting.rank == 0:
             try:
-                found = str(commit.find(Path(folder).absolute(), tag))
+                found = str(find_checkpoint(Path(folder).absolute(), tag))
             except Exception as error:
                 failure = error
         return Path(meeting.meet(f"find a checkpoint in {folder}", failure, found)[0])
@@ -180,7 +187,7 @@ class Checkpoints:
             try:
                 parent = Path(folder).absolute()
                 commit.restore(parent)
-                tags = [tag for _, tag in commit.committed(parent)]
+                tags = [tag for _, tag in commit.committed(parent)] or foreign_tags(parent)
             except Exception as error:
                 failure = error
         return meeting.meet(f"look for checkpoints in {folder}", failure, tags)[0]
@@ -197,18 +204,31 @@ class Checkpoints:
     ) -> tuple[Path, dict[str, Any]]:
         """Load what `find` gives. All ranks call together; raises on all or on none before anything changes."""
         path, meeting = self.find(folder, tag), GroupMeeting(world())
-        catalog = open_catalog(path, meeting)
+        opened = open_any(path, meeting, group_members(self._engine))
+        place, catalog = opened.folder, opened.catalog
         with_optimizer = optimizer and not module_only and self._engine.optimizer is not None
         entries, rows = self._model_entries(catalog, strict)
         options: dict[int, dict[str, Any]] = {}
         if with_optimizer:
-            options, more = self._optimizer_options(path, catalog, meeting)
+            options, more = self._optimizer_options(place, catalog, meeting)
             rows += more
         require_match(rows, path, meeting)
         if with_optimizer and self._engine.optimizer is not None:
             entries += optimizer_entries(catalog, self._engine.optimizer, self._engine.module)
-        state = read_entries(path, catalog, entries, meeting, then=lambda reader: _values(reader, catalog))
+        total = sum(part.tensor.nbytes for entry in entries for part in entry.held)
+        with bar(f"loading {path.name}", total, show=meeting.rank == 0) as progress:
+            state = read_entries(
+                place,
+                catalog,
+                entries,
+                meeting,
+                then=lambda reader: _values(reader, catalog),
+                progress=progress,
+            )
         self._refresh()
+        if opened.format != "unishard" or catalog.about.get("converted_from", "unishard") != "unishard":
+            options = own_options(self._engine, options)
+            complete_counters(self._engine, state)
         self._take_over(state, options, scheduler=scheduler and not module_only, module_only=module_only)
         return path, state.get(CLIENT) or {}
 
@@ -217,8 +237,13 @@ class Checkpoints:
     ) -> tuple[list[Entry], list[tuple[str, str, str]]]:
         engine = self._engine
         contents = model_contents(engine.module, engine.schedule.groups, world())
+        adopt_names(catalog, contents.aliases)
         wanted = {key: entry.shape for key, entry in contents.entries.items()}
-        present = [f"{MODEL}.{key}" for key in keys_of(MODEL, catalog.tensors)]
+        present = [
+            key
+            for name in keys_of(MODEL, catalog.tensors)
+            if (key := f"{MODEL}.{name}") not in contents.aliases
+        ]
         rows = differences(catalog, wanted, present)
         if catalog.about.get("frozen_excluded"):
             frozen = {f"{MODEL}.{n}" for n, p in engine.module.named_parameters() if not p.requires_grad}
@@ -233,11 +258,18 @@ class Checkpoints:
         """The stored options of each parameter group, and what of the optimizer does not match."""
         optimizer = self._engine.optimizer
         options: dict[int, dict[str, Any]] = {}
+        first = Names(self._engine.module).aliases
+        if not keys_of(GROUPS, catalog.blobs) and not keys_of(STATE, catalog.tensors):
+            raise CheckpointError(
+                f"{path} holds weights and no optimizer state; pass load_module_only=True to start from the weights"
+            )
 
         def read(reader: Reader) -> None:
             for key in keys_of(GROUPS, catalog.blobs):
                 position, option = key.split(".", 1)
                 options.setdefault(int(position), {})[option] = reader.blob(f"{GROUPS}.{key}")
+            for stored in options.values():
+                stored["params"] = [first.get(name, name) for name in stored.get("params", ())]
 
         read_entries(path, catalog, (), meeting, then=read)
         if optimizer is None:
