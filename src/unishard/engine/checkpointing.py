@@ -17,7 +17,7 @@ from unishard.checkpoint import commit
 from unishard.checkpoint.background import PendingSave, SaveQueue
 from unishard.checkpoint.catalog import Catalog, keys_of
 from unishard.checkpoint.entries import Contents, Entry
-from unishard.checkpoint.loading import differences, open_catalog, read_entries, require_match
+from unishard.checkpoint.loading import check_entries, differences, open_catalog, read_entries, require_match
 from unishard.checkpoint.meeting import GroupMeeting, world
 from unishard.checkpoint.saving import Place, begin, finish
 from unishard.checkpoint.storage import Reader
@@ -28,6 +28,7 @@ from unishard.checkpoint.training import (
     optimizer_contents,
     optimizer_differences,
     optimizer_entries,
+    optimizer_parts,
     persistent_buffers,
 )
 from unishard.engine.sampling import PositionedSampler
@@ -205,9 +206,13 @@ class Checkpoints:
             options, more = self._optimizer_options(path, catalog, meeting)
             rows += more
         require_match(rows, path, meeting)
-        if with_optimizer and self._engine.optimizer is not None:
-            entries += optimizer_entries(catalog, self._engine.optimizer, self._engine.module)
-        state = read_entries(path, catalog, entries, meeting, then=lambda reader: _values(reader, catalog))
+        # Everything that will be read is checked on all ranks first: a damaged checkpoint changes nothing.
+        module, updater = self._engine.module, self._engine.optimizer if with_optimizer else None
+        parts = entries + (optimizer_parts(catalog, updater, module) if updater is not None else [])
+        state = check_entries(path, catalog, parts, meeting, then=lambda reader: _values(reader, catalog))
+        if updater is not None:
+            entries += optimizer_entries(catalog, updater, module)
+        read_entries(path, catalog, entries, meeting, verify=False)
         self._refresh()
         self._take_over(state, options, scheduler=scheduler and not module_only, module_only=module_only)
         return path, state.get(CLIENT) or {}
