@@ -16,6 +16,7 @@ import torch
 from unishard.checkpoint.archive import data_offset, envelope
 from unishard.checkpoint.boxes import Box, intersection, split_rows, within
 from unishard.checkpoint.catalog import BLOCK, Blob, Catalog, Chunk, TensorInfo
+from unishard.checkpoint.commit import is_shard
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
 _LARGEST_CHUNK = 1 << 30
@@ -361,11 +362,23 @@ def _halves(part: Box) -> Iterator[Box]:
 
 
 def missing_files(folder: Path, catalog: Catalog) -> Iterator[str]:
-    """What is wrong with the files of a checkpoint, one line each: absent, or of another size."""
+    """What is wrong with the files of a checkpoint, one line each: absent, of another size or checkpoint."""
     sizes: Mapping[str, int] = catalog.files
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
-            yield f"{name} is missing"
+            yield f"{name}{_contents(catalog, name)} is missing"
         elif path.stat().st_size != size:
-            yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+            yield f"{name}{_contents(catalog, name)} has {path.stat().st_size} bytes instead of {size}"
+    if sizes and folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if is_shard(path.name) and path.name not in sizes:
+                yield f"{path.name} is not of this checkpoint; move it away"
+
+
+def _contents(catalog: Catalog, file: str) -> str:
+    """What a file holds, in short."""
+    held = [key for key, info in catalog.tensors.items() if any(chunk.file == file for chunk in info.chunks)]
+    held += [key for key, blob in catalog.blobs.items() if getattr(blob, "file", None) == file]
+    more = f" and {len(held) - 2} more" if len(held) > 2 else ""
+    return f" (with {', '.join(held[:2])}{more})" if held else ""

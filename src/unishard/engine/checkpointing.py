@@ -142,15 +142,13 @@ class Checkpoints:
             "sharding": engine.config.sharding,
             "config": engine.config.as_dict(),
         }
-        place = Place(Path(folder).absolute(), str(tag or default_tag(engine)), about, latest, keep_last)
+        name = str(tag or default_tag(engine))
+        place = Place(Path(folder).absolute(), name, about, latest, keep_last, {"zero_to_fp32.py": EXPORTER})
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background:
             return self.queue.start(place, contents)
         meeting = GroupMeeting(world())
-        path = finish(place, begin(place, meeting), contents, meeting)
-        if meeting.rank == 0:
-            write_exporter(place.parent)
-        return path
+        return finish(place, begin(place, meeting), contents, meeting)
 
     # loading -----------------------------------------------------------------------------------------------
 
@@ -329,6 +327,7 @@ def _values(reader: Reader, catalog: Catalog) -> dict[str, Any]:
     return {key: reader.blob(key, trust=trust) for key in wanted if key in catalog.blobs}
 
 
+# The script that users of DeepSpeed's checkpoints look for.
 EXPORTER = '''#!/usr/bin/env python
 """Write one file of fp32 weights from a checkpoint here: zero_to_fp32.py FOLDER OUTPUT [--tag TAG]"""
 
@@ -337,14 +336,6 @@ from unishard.checkpoint.convert.consolidate import main
 if __name__ == "__main__":
     main()
 '''
-
-
-def write_exporter(folder: Path) -> None:
-    """The script that users of DeepSpeed's checkpoints look for."""
-    path = folder / "zero_to_fp32.py"
-    if not path.exists():
-        path.write_text(EXPORTER)
-        path.chmod(0o755)
 
 
 def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen: bool) -> Path:
