@@ -174,6 +174,8 @@ def committed(parent: Path) -> list[tuple[int, str]]:
     """(step, tag) of every whole checkpoint of ours in `parent`, oldest first."""
     found = []
     for manifest in parent.glob(f"*/{MANIFEST}"):
+        if manifest.parent.name.startswith("."):
+            continue  # a draft just before it gets its name, or a checkpoint that is being removed
         with suppress(CheckpointError):
             about = Catalog.from_json(manifest.read_text(), str(manifest)).about
             found.append((about.get("step", -1), manifest.stat().st_mtime, manifest.parent.name))
