@@ -16,7 +16,7 @@ PEERS := $(VENV)/.peers
 TRAIN := examples/train_gpt.py --config examples/ds_config_zero3.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install train bench test test-fast check format lint types contracts hooks clean
+.PHONY: help install train bench test test-fast soak check format lint types contracts hooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -47,6 +47,9 @@ test: $(INSTALLED) check ## install if needed, then run every check and the whol
 
 test-fast: $(INSTALLED) ## the tests that take less than five seconds each
 	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+soak: $(INSTALLED) ## kill ranks 200 times while they save checkpoints, and see that nothing is lost
+	@UNISHARD_KILLS=200 $(BIN)/python -m pytest -q tests/checkpoint/test_kills.py $(PYTEST_ARGS)
 
 check: lint contracts types ## formatting, lint, import contracts and types
 

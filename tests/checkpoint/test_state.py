@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,16 @@ def test_drafts_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -
     assert mine.exists()
     assert elsewhere.exists()
     assert not dead.exists()
+
+
+def test_drafts_are_no_checkpoints(tmp_path: Path) -> None:
+    """Also whole ones, of a process that died just before it named them, and old ones that are being removed."""
+    folder = checkpoint.save({"w": torch.ones(1)}, tmp_path / "one")
+    for name in (".two.part-0123456789ab", ".zero.old-0123456789ab"):
+        shutil.copytree(folder, tmp_path / name)
+    assert [tag for _, tag in commit.committed(tmp_path)] == ["one"]
+    commit.retain(tmp_path, 1)
+    assert folder.exists()
 
 
 def test_what_was_about_to_be_replaced_comes_back(tmp_path: Path) -> None:

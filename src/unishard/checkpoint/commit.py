@@ -15,13 +15,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from unishard.checkpoint.catalog import MANIFEST, METADATA, Catalog
 from unishard.errors import CheckpointError
 
 LATEST = "latest"
 _OWNER = ".owner"
-_DRAFT, _OLD = ".part-", ".old-"
+_DRAFT, _OLD, _NEXT = ".part-", ".old-", f".{LATEST}-"
 _RENAMEAT2, _AT_FDCWD, _EXCHANGE = 316, -100, 2
 
 
@@ -37,20 +38,35 @@ def new_draft(parent: Path, tag: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for old in _abandoned(parent):
         shutil.rmtree(old, ignore_errors=True)
+    for pointer in parent.glob(f"{_NEXT}{socket.gethostname()}-*"):
+        if _is_gone(pointer.name.split("-")[-2]):
+            pointer.unlink(missing_ok=True)
     draft = parent / f".{tag}{_DRAFT}{uuid.uuid4().hex[:12]}"
     draft.mkdir()
-    (draft / _OWNER).write_text(f"{socket.gethostname()} {os.getpid()}")
+    try:
+        _mark(draft)
+    except OSError:
+        discard(draft)
+        raise
     return draft
+
+
+def _mark(folder: Path) -> None:
+    """Note who writes, or removes, a folder: if that process dies, a later save removes what is left."""
+    (folder / _OWNER).write_text(f"{socket.gethostname()} {os.getpid()}")
 
 
 def _abandoned(parent: Path) -> Iterator[Path]:
     """Drafts and replaced checkpoints whose writer, a process of this host, is gone."""
     for path in parent.glob(".*"):
-        if not path.is_dir() or (_DRAFT not in path.name and _OLD not in path.name):
-            continue
-        host, _, pid = _read(path / _OWNER).partition(" ")
-        if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            yield path
+        if path.is_dir() and (_DRAFT in path.name or _OLD in path.name):
+            host, _, pid = _read(path / _OWNER).partition(" ")
+            if host == socket.gethostname() and _is_gone(pid):
+                yield path
+
+
+def _is_gone(pid: str) -> bool:
+    return pid.isdigit() and not Path(f"/proc/{pid}").exists()
 
 
 def _read(path: Path) -> str:
@@ -67,6 +83,8 @@ def commit(draft: Path, catalog: Catalog, parent: Path, tag: str) -> Path:
     final = parent / tag
     replaced = draft.with_name(draft.name.replace(_DRAFT, _OLD))
     if final.exists():
+        _keep_foreign_files(final, draft)
+        _mark(final)
         _exchange(draft, final, replaced)
     else:
         draft.rename(final)
@@ -77,14 +95,41 @@ def commit(draft: Path, catalog: Catalog, parent: Path, tag: str) -> Path:
 
 
 def _exchange(draft: Path, final: Path, replaced: Path) -> None:
-    """Put `draft` in the place of `final`, which becomes `replaced`."""
+    """Put `draft` in the place of `final`, which becomes `replaced`. Both are marked as this process's."""
     if not _exchange_at_once(draft, final):
         # For an instant neither is in place; `restore` undoes that.
         final.rename(replaced)
         draft.rename(final)
         return
     draft.rename(replaced)
-    (replaced / _OWNER).write_text(f"{socket.gethostname()} {os.getpid()}")
+
+
+def _keep_foreign_files(final: Path, draft: Path) -> None:
+    """Let files that users put beside the shards of a checkpoint stay when another takes its place."""
+    for path in final.iterdir():
+        if path.name.startswith(".") or path.name == MANIFEST or is_shard(path.name):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, draft / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, draft / path.name)
+
+
+def _link(source: Any, target: Any) -> Any:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+    return target
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is called as those that ranks write.
+
+    >>> is_shard("__0_0.distcp"), is_shard("model.bin")
+    (True, False)
+    """
+    return name.startswith("__") and name.endswith(".distcp")
 
 
 def _exchange_at_once(a: Path, b: Path) -> bool:
@@ -109,16 +154,28 @@ def restore(parent: Path) -> None:
 
 def point_latest(parent: Path, tag: str) -> None:
     """Let the file `latest` name `tag`, atomically."""
-    temporary = parent / f".{LATEST}-{uuid.uuid4().hex[:12]}"
-    write_durably(temporary, tag.encode())
-    temporary.replace(parent / LATEST)
+    name = f"{_NEXT}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+    write_aside(parent / LATEST, tag.encode(), parent / name)
     sync_folder(parent)
+
+
+def write_aside(path: Path, content: bytes, temporary: Path) -> None:
+    """Give a small file its content in one step: written durably as `temporary` first, of which nothing is left."""
+    try:
+        write_durably(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def committed(parent: Path) -> list[tuple[int, str]]:
     """(step, tag) of every whole checkpoint of ours in `parent`, oldest first."""
     found = []
     for manifest in parent.glob(f"*/{MANIFEST}"):
+        if manifest.parent.name.startswith("."):
+            continue  # a draft just before it gets its name, or a checkpoint that is being removed
         with suppress(CheckpointError):
             about = Catalog.from_json(manifest.read_text(), str(manifest)).about
             found.append((about.get("step", -1), manifest.stat().st_mtime, manifest.parent.name))
@@ -129,6 +186,7 @@ def retain(parent: Path, keep_last: int) -> None:
     """Remove all but the `keep_last` checkpoints of the highest steps."""
     for _, tag in committed(parent)[:-keep_last]:
         old = parent / f".{tag}{_OLD}{uuid.uuid4().hex[:12]}"
+        _mark(parent / tag)
         # Out of sight at once: a reader must not find it half removed.
         (parent / tag).rename(old)
         (old / MANIFEST).unlink(missing_ok=True)

@@ -124,18 +124,47 @@ def read_entries(
 ) -> Any:
     """Fill everything that `entries` hold here; `then` reads more and its result is returned.
 
-    All ranks call together; raises on all or on none, and what was filled by then stays filled.
+    All ranks call together, and check everything before any of them changes anything: if a rank finds damage, all raise
+    and all are as they were.
     """
-    failure, result = None, None
+    wanted = list(entries)
+    result = check_entries(folder, catalog, wanted, meeting, then=then) if verify else None
+    failure = None
     try:
-        with Reader(folder, catalog, verify=verify, progress=progress) as reader, torch.no_grad():
-            for entry in entries:
+        with Reader(folder, catalog, verify=False, progress=progress) as reader, torch.no_grad():
+            for entry in wanted:
                 for box, tensor in entry.held:
                     reader.fill(
                         entry.key, box, tensor.view(box.sizes) if tensor.dim() != len(box.sizes) else tensor
                     )
-            result = then(reader) if then is not None else None
+            if not verify and then is not None:
+                result = then(reader)
     except Exception as error:
         failure = error
     meeting.meet(f"read {folder}", failure)
+    return result
+
+
+def check_entries(
+    folder: Path,
+    catalog: Catalog,
+    entries: Iterable[Entry],
+    meeting: Meeting,
+    *,
+    then: Callable[[Reader], Any] | None = None,
+) -> Any:
+    """Compare the checksums of everything that `entries` hold here; return what `then` reads. Changes nothing.
+
+    All ranks call together; raises on all or on none.
+    """
+    failure, result = None, None
+    try:
+        with Reader(folder, catalog) as reader:
+            for entry in entries:
+                for box, _ in entry.held:
+                    reader.check(entry.key, box)
+            result = then(reader) if then is not None else None
+    except Exception as error:
+        failure = error
+    meeting.meet(f"check {folder}", failure)
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Place:
     about: Mapping[str, Any]
     latest: bool = True
     keep_last: int | None = None
+    scripts: Mapping[str, str] = field(default_factory=dict)
+    """Files that stand beside all checkpoints, by name; existing ones stay."""
 
 
 def begin(place: Place, meeting: Meeting) -> Path:
@@ -83,6 +85,10 @@ def _commit(place: Place, draft: Path, catalogs: list[Catalog]) -> None:
     for each in catalogs:
         catalog.merge(each)
     catalog.require_covered()
+    for name, content in place.scripts.items():
+        if not (place.parent / name).exists():
+            commit.write_aside(place.parent / name, content.encode(), draft / name)
+            (place.parent / name).chmod(0o755)
     commit.commit(draft, catalog, place.parent, place.tag)
     if place.latest:
         commit.point_latest(place.parent, place.tag)

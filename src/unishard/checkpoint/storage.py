@@ -23,6 +23,9 @@ _KICK = (
     32 << 20
 )  # bytes after which the kernel is asked to start writing to disk, so that fsync finds little left
 _HEAD = 8192
+_PIECE = 4 << 20
+"""Bytes of the one buffer for what cannot be read to where it belongs: other dtypes, devices, scattered elements."""
+_SHORT_RUN = 4096  # bytes: shorter runs are read together with what lies between them
 _START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE
 
 Progress = Callable[[int], None]
@@ -124,6 +127,8 @@ class Reader:
         self._verify = verify
         self._progress = progress
         self._open: dict[str, int] = {}
+        self._checked: set[tuple[str, int, int]] = set()
+        self._buffer: bytearray | None = None
 
     def __enter__(self) -> Reader:
         return self
@@ -157,7 +162,8 @@ class Reader:
     def fill(self, key: str, box: Box, target: torch.Tensor) -> None:
         """Copy `box` of the tensor `key` into `target`, a tensor of the box's sizes; dtypes may differ.
 
-        Raises `CheckpointError` if the checkpoint does not hold all of it.
+        Raises `CheckpointError` if the checkpoint does not hold all of it. Nothing has changed then, and at most
+        `_PIECE` bytes are held besides.
         """
         info = self._catalog.find(key)
         if info is None:
@@ -165,18 +171,86 @@ class Reader:
         if info.value is not None:
             target.copy_(info.value[within(box, whole(info.shape))])
             return
+        self.check(key, box)
+        for chunk in info.chunks:
+            shared = intersection(box, chunk.box)
+            if shared is not None:
+                view = target[within(shared, box)] if box.sizes else target
+                if _row_major(chunk):
+                    self._stream(key, info, chunk, shared, shared, view)
+                else:
+                    view.copy_(self._shared(key, info, chunk, shared))
+        if not target.is_inference():
+            torch.autograd.graph.increment_version(
+                [target]
+            )  # reading straight into memory does not count as a write
+
+    def check(self, key: str, box: Box) -> None:
+        """Raise `CorruptCheckpointError` unless all of `box` is there and its bytes are those that were written.
+
+        Checksums cover blocks of 1 MiB, and each block is read once for all boxes that lie in it.
+        """
+        info = self._catalog.find(key)
+        if info is None:
+            raise CheckpointError(f"{self._folder} holds no tensor {key!r}")
+        if info.value is not None:
+            return
         covered = 0
         for chunk in info.chunks:
             shared = intersection(box, chunk.box)
             if shared is not None:
                 covered += shared.numel
-                view = target[within(shared, box)] if box.sizes else target
-                view.copy_(self._shared(key, info, chunk, shared))
+                if self._verify and chunk.checksums and _row_major(chunk):
+                    first, last = _span(shared, chunk, info.dtype.itemsize)
+                    for block in range(first // BLOCK, -(-last // BLOCK)):
+                        self._check_block(key, info, chunk, block)
         if covered != box.numel:
             raise CorruptCheckpointError(
                 f"{self._folder}: {key} is there in part only, {covered} of {box.numel} elements of "
                 f"{box.offsets} + {box.sizes}"
             )
+
+    def _check_block(self, key: str, info: TensorInfo, chunk: Chunk, block: int) -> None:
+        data = chunk.data or 0
+        known = (chunk.file, data, block)
+        if known in self._checked:
+            return
+        size = min(BLOCK, chunk.box.numel * info.dtype.itemsize - block * BLOCK)
+        content = self._piece(size)
+        self._read_into(chunk.file, data + block * BLOCK, content, key)
+        if zlib.crc32(content) != chunk.checksums[block]:
+            raise self._changed(chunk.file, key, data + block * BLOCK)
+        self._checked.add(known)
+
+    def _piece(self, size: int) -> memoryview:
+        """The beginning of the one buffer."""
+        if self._buffer is None:
+            self._buffer = bytearray(_PIECE)
+        return memoryview(self._buffer)[:size]
+
+    def _stream(
+        self, key: str, info: TensorInfo, chunk: Chunk, part: Box, held: Box, view: torch.Tensor
+    ) -> None:
+        """Read the elements of `part` from a chunk into their place in `view`, which holds `held`."""
+        width = info.dtype.itemsize
+        first, last = _span(part, chunk, width)
+        size, needed, data = last - first, part.numel * width, (chunk.data or 0) + first
+        if not needed:
+            return
+        target = view[within(part, held)] if part.sizes else view
+        plain = target.device.type == "cpu" and target.dtype == info.dtype and target.is_contiguous()
+        if size == needed and plain:
+            self._read_into(chunk.file, data, raw_bytes(target), key)
+            self._progress(needed)
+        elif size <= _PIECE and (size == needed or part.sizes[-1] * width < _SHORT_RUN):
+            content = self._piece(size)
+            self._read_into(chunk.file, data, content, key)
+            found = torch.frombuffer(content, dtype=info.dtype)
+            target.copy_(found.as_strided(part.sizes, row_strides(chunk.sizes)))
+            self._progress(needed)
+        else:
+            for half in _halves(part):
+                self._stream(key, info, chunk, half, held, view)
 
     def _shared(self, key: str, info: TensorInfo, chunk: Chunk, shared: Box) -> torch.Tensor:
         """The elements of `shared`, read as the shortest run of the chunk's bytes that contains them."""
@@ -221,9 +295,13 @@ class Reader:
         return bytearray(raw_bytes(tensor.contiguous()))
 
     def _pread(self, file: str, offset: int, size: int, key: str) -> bytearray:
-        descriptor = self._descriptor(file, key)
         content = bytearray(size)
-        view, done = memoryview(content), 0
+        self._read_into(file, offset, memoryview(content), key)
+        self._progress(size)
+        return content
+
+    def _read_into(self, file: str, offset: int, view: memoryview, key: str) -> None:
+        descriptor, size, done = self._descriptor(file, key), len(view), 0
         while done < size:
             count = os.preadv(descriptor, [view[done:]], offset + done)
             if count == 0:
@@ -232,8 +310,6 @@ class Reader:
                     f"{offset + done}"
                 )
             done += count
-        self._progress(size)
-        return content
 
     def _descriptor(self, file: str, key: str) -> int:
         if file not in self._open:
@@ -252,15 +328,39 @@ class Reader:
         )
 
 
+def _row_major(chunk: Chunk) -> bool:
+    """Whether it is known where the chunk's elements lie, and that they lie in row order."""
+    return chunk.data is not None and getattr(chunk, "strides", None) is None
+
+
+def _span(part: Box, chunk: Chunk, width: int) -> tuple[int, int]:
+    """Bytes [first, last) of a row-major chunk that contain the elements of `part`."""
+    if not part.numel:
+        return 0, 0
+    strides = row_strides(chunk.sizes)
+    first = sum((a - b) * s for a, b, s in zip(part.offsets, chunk.offsets, strides, strict=True))
+    last = first + sum((size - 1) * s for size, s in zip(part.sizes, strides, strict=True))
+    return first * width, (last + 1) * width
+
+
+def _halves(part: Box) -> Iterator[Box]:
+    """Two boxes that make up `part`, cut along the first dim that has more than one element."""
+    dim = next(d for d, size in enumerate(part.sizes) if size > 1)
+    middle = part.sizes[dim] // 2
+    for start, size in ((0, middle), (middle, part.sizes[dim] - middle)):
+        offsets = (*part.offsets[:dim], part.offsets[dim] + start, *part.offsets[dim + 1 :])
+        yield Box(offsets, (*part.sizes[:dim], size, *part.sizes[dim + 1 :]))
+
+
 def missing_files(folder: Path, catalog: Catalog) -> Iterator[str]:
-    """What is wrong with the files of a checkpoint, one line each: absent, or of another size."""
+    """What is wrong with the files of a checkpoint, one line each: absent, of another size or checkpoint."""
     sizes: Mapping[str, int] = catalog.files
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
-            yield f"{name} is missing"
+            yield f"{name}{_contents(catalog, name)} is missing"
         elif path.stat().st_size != size:
-            yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+            yield f"{name}{_contents(catalog, name)} has {path.stat().st_size} bytes instead of {size}"
 
 
 def unlisted_files(folder: Path, catalog: Catalog) -> Iterator[str]:
@@ -270,3 +370,11 @@ def unlisted_files(folder: Path, catalog: Catalog) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if path.name not in catalog.files and path.name != MANIFEST and not path.name.startswith("."):
             yield f"{path.name} is not part of the checkpoint; move it elsewhere"
+
+
+def _contents(catalog: Catalog, file: str) -> str:
+    """What a file holds, in short."""
+    held = [key for key, info in catalog.tensors.items() if any(chunk.file == file for chunk in info.chunks)]
+    held += [key for key, blob in catalog.blobs.items() if getattr(blob, "file", None) == file]
+    more = f" and {len(held) - 2} more" if len(held) > 2 else ""
+    return f" (with {', '.join(held[:2])}{more})" if held else ""

@@ -176,13 +176,31 @@ def optimizer_differences(
     return rows
 
 
-def optimizer_entries(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.Module) -> list[Entry]:
-    """Places for the stored state in the optimizer, made where there are none yet."""
-    names = Names(module)
+def optimizer_parts(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.Module) -> list[Entry]:
+    """What `optimizer_entries` will ask for, without places: the optimizer stays as it is."""
+    names, contents = Names(module), Contents()
+    kinds = _stored_kinds(catalog)
+    for piece in optimizer.pieces:
+        name = names.of(piece.group, piece.index)
+        for kind in kinds.get(name, ()) if piece.param.numel() else ():
+            key = f"{STATE}.{name}.{kind}"
+            shape = () if catalog.tensors[key].shape == () else (piece.param.numel(),)
+            _add_state(contents, key, piece, torch.empty(shape, device="meta"))
+    return list(contents.entries.values())
+
+
+def _stored_kinds(catalog: Catalog) -> dict[str, list[str]]:
+    """The kinds of state that are stored of each parameter."""
     kinds: dict[str, list[str]] = {}
     for key in keys_of(STATE, catalog.tensors):
         name, _, kind = key.rpartition(".")
         kinds.setdefault(name, []).append(kind)
+    return kinds
+
+
+def optimizer_entries(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.Module) -> list[Entry]:
+    """Places for the stored state in the optimizer, made where there are none yet."""
+    names, kinds = Names(module), _stored_kinds(catalog)
     optimizer.make_room(lambda piece: kinds.get(names.of(piece.group, piece.index), ()))
     contents = Contents()
     for piece in optimizer.pieces:

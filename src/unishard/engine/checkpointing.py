@@ -18,7 +18,7 @@ from unishard.checkpoint.background import PendingSave, SaveQueue
 from unishard.checkpoint.catalog import Catalog, keys_of
 from unishard.checkpoint.entries import Contents, Entry
 from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, RANDOM, STATE, TRUST
-from unishard.checkpoint.loading import differences, open_any, read_entries, require_match
+from unishard.checkpoint.loading import check_entries, differences, open_any, read_entries, require_match
 from unishard.checkpoint.meeting import GroupMeeting, world
 from unishard.checkpoint.progress import bar
 from unishard.checkpoint.saving import Place, begin, finish
@@ -30,6 +30,7 @@ from unishard.checkpoint.training import (
     optimizer_contents,
     optimizer_differences,
     optimizer_entries,
+    optimizer_parts,
     persistent_buffers,
 )
 from unishard.engine.foreign_checkpoints import (
@@ -147,16 +148,14 @@ class Checkpoints:
             "buffers": [name for name, _ in persistent_buffers(engine.module)],
             "config": engine.config.as_dict(),
         }
-        place = Place(Path(folder).absolute(), str(tag or default_tag(engine)), about, latest, keep_last)
+        name = str(tag or default_tag(engine))
+        place = Place(Path(folder).absolute(), name, about, latest, keep_last, {"zero_to_fp32.py": EXPORTER})
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background:
             return self.queue.start(place, contents)
         meeting = GroupMeeting(world())
         with bar(f"saving {place.tag}", contents.nbytes, show=meeting.rank == 0) as progress:
-            path = finish(place, begin(place, meeting), contents, meeting, progress)
-        if meeting.rank == 0:
-            write_exporter(place.parent)
-        return path
+            return finish(place, begin(place, meeting), contents, meeting, progress)
 
     # loading -----------------------------------------------------------------------------------------------
 
@@ -213,18 +212,15 @@ class Checkpoints:
             options, more = self._optimizer_options(place, catalog, meeting)
             rows += more
         require_match(rows, path, meeting)
-        if with_optimizer and self._engine.optimizer is not None:
-            entries += optimizer_entries(catalog, self._engine.optimizer, self._engine.module)
+        # Everything that will be read is checked on all ranks first: a damaged checkpoint changes nothing.
+        module, updater = self._engine.module, self._engine.optimizer if with_optimizer else None
+        parts = entries + (optimizer_parts(catalog, updater, module) if updater is not None else [])
+        state = check_entries(place, catalog, parts, meeting, then=lambda reader: _values(reader, catalog))
+        if updater is not None:
+            entries += optimizer_entries(catalog, updater, module)
         total = sum(part.tensor.nbytes for entry in entries for part in entry.held)
         with bar(f"loading {path.name}", total, show=meeting.rank == 0) as progress:
-            state = read_entries(
-                place,
-                catalog,
-                entries,
-                meeting,
-                then=lambda reader: _values(reader, catalog),
-                progress=progress,
-            )
+            read_entries(place, catalog, entries, meeting, verify=False, progress=progress)
         self._refresh()
         if opened.format != "unishard" or catalog.about.get("converted_from", "unishard") != "unishard":
             options = own_options(self._engine, options)
@@ -356,6 +352,7 @@ def _values(reader: Reader, catalog: Catalog) -> dict[str, Any]:
     return {key: reader.blob(key, trust=trust) for key in wanted if key in catalog.blobs}
 
 
+# The script that users of DeepSpeed's checkpoints look for.
 EXPORTER = '''#!/usr/bin/env python
 """Write one file of fp32 weights from a checkpoint here: zero_to_fp32.py FOLDER OUTPUT [--tag TAG]"""
 
@@ -364,14 +361,6 @@ from unishard.checkpoint.convert.consolidate import main
 if __name__ == "__main__":
     main()
 '''
-
-
-def write_exporter(folder: Path) -> None:
-    """The script that users of DeepSpeed's checkpoints look for."""
-    path = folder / "zero_to_fp32.py"
-    if not path.exists():
-        path.write_text(EXPORTER)
-        path.chmod(0o755)
 
 
 def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen: bool) -> Path:

@@ -10,17 +10,41 @@ from typing import Any
 
 from unishard.fsdp.options import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
 from unishard.fsdp.refused import REFUSED_NAMES, refuse
+from unishard.fsdp.state_dict_type import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    LocalOptimStateDictConfig,
+    LocalStateDictConfig,
+    OptimStateDictConfig,
+    OptimStateKeyType,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    StateDictConfig,
+    StateDictSettings,
+    StateDictType,
+)
 from unishard.fsdp.wrapper import FullyShardedDataParallel
 
 FSDP = FullyShardedDataParallel
 
 __all__ = [
-    "FSDP",
     "BackwardPrefetch",
     "CPUOffload",
+    "FSDP",
+    "FullOptimStateDictConfig",
+    "FullStateDictConfig",
     "FullyShardedDataParallel",
+    "LocalOptimStateDictConfig",
+    "LocalStateDictConfig",
     "MixedPrecision",
+    "OptimStateDictConfig",
+    "OptimStateKeyType",
+    "ShardedOptimStateDictConfig",
+    "ShardedStateDictConfig",
     "ShardingStrategy",
+    "StateDictConfig",
+    "StateDictSettings",
+    "StateDictType",
 ]
 
 

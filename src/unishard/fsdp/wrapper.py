@@ -24,8 +24,10 @@ from unishard.fsdp.options import (
     check_offload,
     sharding_of,
 )
-from unishard.fsdp.refused import CheckpointNames
-from unishard.fsdp.state_dict import INNER, MARK, clean_state_dict, prepare_to_load, tidy_load_report
+from unishard.fsdp.refused import refuse
+from unishard.fsdp.state_dict import INNER, MARK, finish_state_dict, prepare_to_load, tidy_load_report
+from unishard.fsdp.state_dict_methods import StateDictMethods
+from unishard.fsdp.state_dict_type import StateDictSettings
 from unishard.fsdp.summon import summoned
 from unishard.fsdp.units import (
     Site,
@@ -43,7 +45,7 @@ from unishard.sharding.unit import ShardUnit, unit_of, units_under
 log = logging.getLogger("unishard")
 
 
-class FullyShardedDataParallel(CheckpointNames, nn.Module):
+class FullyShardedDataParallel(StateDictMethods):
     """Shard `module`, and with `auto_wrap_policy` modules inside it one by one. All ranks construct together.
 
     Parameters keep their names and are DTensors between uses, whatever `use_orig_params` says; weights start as rank
@@ -127,6 +129,8 @@ class FullyShardedDataParallel(CheckpointNames, nn.Module):
     def _hold(self, wrapped: Wrapped, site: Site) -> None:
         self._settings = wrapped.settings
         self._mesh = site.mesh
+        self._device = site.device
+        self._state_dict_settings = StateDictSettings()
         self._is_inner = not wrapped.outermost
         self._modules[INNER] = wrapped.module
         self.training = wrapped.module.training
@@ -301,14 +305,19 @@ class FullyShardedDataParallel(CheckpointNames, nn.Module):
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """Whole plain tensors on every rank, in the dtype they rest in, under the names before wrapping.
+        """Values under the names before wrapping: whole plain tensors on every rank, or what `state_dict_type` says.
 
         All ranks call together.
         """
         result = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if not self._is_inner or (destination is None and not args):
-            clean_state_dict(self, result, args[1] if len(args) > 1 else prefix)
+            settings = FullyShardedDataParallel.get_state_dict_type(self)
+            finish_state_dict(self, result, args[1] if len(args) > 1 else prefix, settings)
         return result
+
+    def register_comm_hook(self, *args: Any, **kwargs: Any) -> None:
+        """Not available; raises `UnsupportedError`."""
+        refuse("register_comm_hook", "set MixedPrecision(reduce_dtype=...) to choose what travels")
 
 
 def _check_module(module: Any) -> None:

@@ -27,7 +27,15 @@ from typing import Any
 from unishard.testing import worker
 from unishard.testing.worker import FunctionRef, Outcome, RankFault, Task
 
-PRELOAD = ("torch", "torch.distributed", "torch.distributed.tensor", "numpy", "unishard.testing.worker")
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.tensor",
+    "torch._dynamo",  # the first optimizer of a process imports it, which takes seconds
+    "numpy",
+    "unishard.engine",
+    "unishard.testing.worker",
+)
 _MAX_GROUPS = 16  # each gloo group holds threads and sockets; past this many the next task starts afresh
 
 
