@@ -225,9 +225,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "only foreign files": (
         lambda folder: (
-            [p.unlink() for p in folder.iterdir()] and (folder / "mp_rank_00_model_states.pt").touch()
+            [p.unlink() for p in folder.iterdir()] and (folder / "notes.txt").touch()
         ),
-        r"holds no checkpoint: neither manifest.json nor .metadata is there, but mp_rank_00_model_states.pt",
+        r"holds no checkpoint|no format|notes.txt",
     ),
 }
 

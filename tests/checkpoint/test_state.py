@@ -162,10 +162,10 @@ def damage(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("flipped", r"__0_0.distcp: the bytes of w near 1\d{6} are not those"),
-        ("truncated", r"__0_0.distcp has \d+ bytes instead of \d+"),
-        ("grown", r"__0_0.distcp has \d+ bytes instead of \d+"),
-        ("missing", "__0_0.distcp is missing"),
-        ("foreign", "__7_0.distcp is not part of the checkpoint; move it elsewhere"),
+        ("truncated", r"__0_0.distcp \(with w\) has \d+ bytes instead of \d+"),
+        ("grown", r"__0_0.distcp \(with w\) has \d+ bytes instead of \d+"),
+        ("missing", "__0_0.distcp \(with w\) is missing"),
+        ("foreign", "__7_0.distcp is not of this checkpoint; move it away"),
         ("manifest", "manifest.json is damaged"),
     ],
 )

@@ -73,7 +73,7 @@ def test_verify_names_file_and_parameter(run: Path) -> None:
     assert ckpt("verify", folder) == (0, f"{folder}: every MiB matches its checksum; no problems\n")
     (folder / "notes.txt").write_text("mine")
     code, text = ckpt("verify", run / "ours")
-    assert (code, text) == (1, "notes.txt is not part of the checkpoint; move it elsewhere\n")
+    assert (code, text) == (1, "notes.txt is not of this checkpoint; move it away\n")
     (folder / "notes.txt").unlink()
     file = folder / "__0_0.distcp"
     content = bytearray(file.read_bytes())
@@ -85,7 +85,7 @@ def test_verify_names_file_and_parameter(run: Path) -> None:
     file.write_bytes(content[:-1])
     code, text = ckpt("verify", run / "ours")
     assert code == 1
-    assert "__0_0.distcp has" in text
+    assert "__0_0.distcp (with model.body.weight, model.scale and 17 more) has" in text
 
 
 @pytest.mark.parametrize("to", ["unishard", "dcp", "safetensors", "torch", "deepspeed-universal"])

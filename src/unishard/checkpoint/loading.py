@@ -29,7 +29,7 @@ def open_catalog(folder: Path, meeting: Meeting) -> Catalog:
     catalog, failure = Catalog(), None
     try:
         catalog = read_catalog(folder)
-        wrong = [*missing_files(folder, catalog), *unlisted_files(folder, catalog)]
+        wrong = [*missing_files(folder, catalog), *unlisted_files(folder, catalog, shards_only=True)]
         if wrong:
             raise CorruptCheckpointError(f"{folder} is damaged: {'; '.join(wrong)}; load another checkpoint")
     except Exception as error:
@@ -54,7 +54,7 @@ def open_any(folder: Path, meeting: Meeting, members: Sequence[Sequence[str]] | 
         opened = open_checkpoint(folder, hints=Hints(members))
         wrong = [
             *missing_files(opened.folder, opened.catalog),
-            *unlisted_files(opened.folder, opened.catalog),
+            *unlisted_files(opened.folder, opened.catalog, shards_only=True),
         ]
         if not wrong and opened.format != "unishard":
             wrong = _changed_in_share(opened, meeting)

@@ -16,6 +16,7 @@ import torch
 from unishard.checkpoint.archive import data_offset, envelope
 from unishard.checkpoint.boxes import Box, intersection, row_strides, split_rows, whole, within
 from unishard.checkpoint.catalog import BLOCK, MANIFEST, Blob, Catalog, Chunk, Known, TensorInfo
+from unishard.checkpoint.commit import is_shard
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
 _LARGEST_CHUNK = 1 << 30
@@ -363,13 +364,17 @@ def missing_files(folder: Path, catalog: Catalog) -> Iterator[str]:
             yield f"{name}{_contents(catalog, name)} has {path.stat().st_size} bytes instead of {size}"
 
 
-def unlisted_files(folder: Path, catalog: Catalog) -> Iterator[str]:
-    """Files in the folder of a checkpoint of ours that are no part of it, one line each; hidden ones are left alone."""
+def unlisted_files(folder: Path, catalog: Catalog, *, shards_only: bool = False) -> Iterator[str]:
+    """Files in the folder of a checkpoint of ours that are no part of it, one line each; hidden ones are left alone.
+
+    With `shards_only`, those that are called as what ranks write: of another checkpoint, then. Others may be a user's.
+    """
     if not (folder / MANIFEST).is_file():
         return
     for path in sorted(folder.iterdir()):
-        if path.name not in catalog.files and path.name != MANIFEST and not path.name.startswith("."):
-            yield f"{path.name} is not part of the checkpoint; move it elsewhere"
+        known = path.name in catalog.files or path.name == MANIFEST or path.name.startswith(".")
+        if not known and (is_shard(path.name) or not shards_only):
+            yield f"{path.name} is not of this checkpoint; move it away"
 
 
 def _contents(catalog: Catalog, file: str) -> str:

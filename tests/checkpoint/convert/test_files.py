@@ -456,14 +456,14 @@ assert list(compare(open_checkpoint(folder / "uni"), open_checkpoint(folder / "b
 peaks["compare"] = held("VmHWM") - before
 print(peaks)
 """
-BOUND_MB = 40
+BOUND_MB = 50
 
 
 @pytest.mark.slow
 def test_conversions_need_memory_for_a_few_pieces(tmp_path: Path) -> None:
     """Every writer, and files four times larger than the bound; one tensor of them alone is three times larger."""
     small = [torch.randn(1000, 512) for _ in range(20)]
-    state = {"large": torch.randn(1, 60_000, 512), **{f"w{i}": value for i, value in enumerate(small)}}
+    state = {"large": torch.randn(1, 80_000, 512), **{f"w{i}": value for i, value in enumerate(small)}}
     assert sum(v.nbytes for v in state.values()) / 2**20 > 3.8 * BOUND_MB
     optimizer = {"state": {}, "param_groups": [{"params": list(state), "lr": 0.1}]}
     torch.save({"model": state, "optimizer": optimizer}, tmp_path / "run.pt")
