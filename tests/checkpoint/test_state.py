@@ -164,7 +164,7 @@ def damage(folder: Path, how: str) -> None:
         ("flipped", r"__0_0.distcp: the bytes of w near 1\d{6} are not those"),
         ("truncated", r"__0_0.distcp \(with w\) has \d+ bytes instead of \d+"),
         ("grown", r"__0_0.distcp \(with w\) has \d+ bytes instead of \d+"),
-        ("missing", "__0_0.distcp \(with w\) is missing"),
+        ("missing", r"__0_0.distcp \(with w\) is missing"),
         ("foreign", "__7_0.distcp is not of this checkpoint; move it away"),
         ("manifest", "manifest.json is damaged"),
     ],
