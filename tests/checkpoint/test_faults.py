@@ -224,9 +224,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"manifest.json is damaged",
     ),
     "only foreign files": (
-        lambda folder: (
-            [p.unlink() for p in folder.iterdir()] and (folder / "notes.txt").touch()
-        ),
+        lambda folder: [p.unlink() for p in folder.iterdir()] and (folder / "notes.txt").touch(),
         r"holds no checkpoint|no format|notes.txt",
     ),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +28,25 @@ class Entry:
     shape: tuple[int, ...]
     held: list[Part]
     written: list[Part]
+    away: Away | None = None
+    """Where the memory comes and goes: parts then show boxes and sizes, and no values."""
+
+
+class Away(NamedTuple):
+    """How to get the memory of an entry."""
+
+    opened: Callable[[bool], AbstractContextManager[Any]]
+    """Brings it, and that of all entries with an equal one; the argument tells whether values will change."""
+    now: Callable[[], Entry]
+    """The entry with its values, while it is there."""
+
+
+def in_memory(entries: Iterable[Entry], *, changed: bool) -> Generator[Entry, None, None]:
+    """Each of `entries` while its memory is there; neighbours that come together are brought once."""
+    for opened, members in itertools.groupby(entries, lambda e: None if e.away is None else e.away.opened):
+        with nullcontext() if opened is None else opened(changed):
+            for entry in members:
+                yield entry if entry.away is None else entry.away.now()
 
 
 @dataclass
@@ -46,6 +67,11 @@ class Contents:
         return sum(
             p.tensor.numel() * p.tensor.element_size() for e in self.entries.values() for p in e.written
         )
+
+    @property
+    def all_here(self) -> bool:
+        """Whether every tensor is in memory, so that a snapshot can be had."""
+        return all(entry.away is None for entry in self.entries.values())
 
     def snapshot(self) -> Contents:
         """The same with copies in host memory of everything written: what changes later does not change these."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unishard.checkpoint.catalog import Catalog, read_catalog
-from unishard.checkpoint.entries import Entry
+from unishard.checkpoint.entries import Entry, in_memory
 from unishard.checkpoint.meeting import Meeting
 from unishard.checkpoint.storage import Progress, Reader, missing_files, unlisted_files
 from unishard.errors import CheckpointError, CorruptCheckpointError
@@ -131,8 +132,12 @@ def read_entries(
     result = check_entries(folder, catalog, wanted, meeting, then=then) if verify else None
     failure = None
     try:
-        with Reader(folder, catalog, verify=False, progress=progress) as reader, torch.no_grad():
-            for entry in wanted:
+        with (
+            Reader(folder, catalog, verify=False, progress=progress) as reader,
+            torch.no_grad(),
+            closing(in_memory(wanted, changed=True)) as opened,
+        ):
+            for entry in opened:
                 for box, tensor in entry.held:
                     reader.fill(
                         entry.key, box, tensor.view(box.sizes) if tensor.dim() != len(box.sizes) else tensor

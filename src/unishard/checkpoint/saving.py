@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from unishard.checkpoint import commit
 from unishard.checkpoint.catalog import Catalog
-from unishard.checkpoint.entries import Contents
+from unishard.checkpoint.entries import Contents, in_memory
 from unishard.checkpoint.meeting import Meeting
 from unishard.checkpoint.storage import Progress, RankFile
 from unishard.version import __version__
@@ -71,9 +72,10 @@ def finish(
 
 def _write(draft: Path, contents: Contents, rank: int, progress: Progress) -> Catalog:
     with RankFile(draft, f"__{rank}_0.distcp", progress) as file:
-        for entry in contents.entries.values():
-            for box, tensor in entry.written:
-                file.add_tensor(entry.key, entry.shape, box, tensor)
+        with closing(in_memory(contents.entries.values(), changed=False)) as entries:
+            for entry in entries:
+                for box, tensor in entry.written:
+                    file.add_tensor(entry.key, entry.shape, box, tensor)
         for key, value in contents.blobs.items():
             file.add_blob(key, value)
     file.catalog.aliases = dict(contents.aliases)

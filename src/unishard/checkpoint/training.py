@@ -7,6 +7,8 @@ Keys are those that torch's `get_state_dict` helpers give: `model.<name>`, `opti
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +16,14 @@ from torch import nn
 
 from unishard.checkpoint.boxes import whole
 from unishard.checkpoint.catalog import Catalog, keys_of
-from unishard.checkpoint.entries import Contents, Entry, Part, replicated, run_parts, share
+from unishard.checkpoint.entries import Away, Contents, Entry, Part, replicated, run_parts, share
 from unishard.checkpoint.keys import GROUPS, MODEL, STATE
 from unishard.dist.collectives import Communicator
 from unishard.errors import UnsupportedError
 from unishard.optim.flat import Piece
 from unishard.optim.sharded import ShardedOptimizer
-from unishard.sharding.group import ShardGroup
+from unishard.sharding.group import WEIGHTS, ShardGroup
+from unishard.sharding.resting import is_absent
 
 
 class Names:
@@ -48,9 +51,7 @@ def model_contents(
         for index, registration in enumerate(group.registrations):
             sharded.add(id(registration.visible))
             if not (exclude_frozen and not registration.visible.requires_grad):
-                contents.add(
-                    _shard_entry(f"{MODEL}.{names.of(group, index)}", group, index, group.buffer.shard)
-                )
+                contents.add(_weight_entry(f"{MODEL}.{names.of(group, index)}", group, index))
     for name, param in module.named_parameters():
         if id(param) not in sharded:
             contents.add(replicated(f"{MODEL}.{name}", param, world.rank, world.size))
@@ -71,6 +72,30 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Brings the weights of a group that rest on a tier."""
+
+    group: ShardGroup
+
+    @contextmanager
+    def __call__(self, changed: bool) -> Iterator[None]:
+        with self.group.in_memory(WEIGHTS, changed=changed):
+            yield
+            if changed:
+                self.group.buffer.carry_over()
+
+
+def _weight_entry(key: str, group: ShardGroup, index: int) -> Entry:
+    def now() -> Entry:
+        return _shard_entry(key, group, index, group.buffer.shard)
+
+    entry = now()
+    if group.resting is not None and is_absent(group.buffer.shard):
+        entry.away = Away(_Weights(group), now)
+    return entry
 
 
 def _shard_entry(key: str, group: ShardGroup, index: int, flat: torch.Tensor) -> Entry:
@@ -118,7 +143,10 @@ def optimizer_contents(optimizer: ShardedOptimizer, module: nn.Module, world: Co
     for piece in optimizer.pieces:
         name = names.of(piece.group, piece.index)
         for kind, value in (optimizer.inner.state.get(piece.param) or {}).items():
-            _add_state(contents, f"{STATE}.{name}.{kind}", piece, value)
+            key = f"{STATE}.{name}.{kind}"
+            _add_state(contents, key, piece, value)
+            if isinstance(value, torch.Tensor) and is_absent(value):
+                contents.entries[key].away = _away_state(optimizer, key, piece, kind)
     if world.rank == 0:
         for position, options in enumerate(optimizer.inner.param_groups):
             members = [names.of(piece.group, piece.index) for piece in optimizer.members[position]]
@@ -142,6 +170,34 @@ def _add_state(contents: Contents, key: str, piece: Piece, value: Any) -> None:
     else:
         scalar = Part(whole(tuple(value.shape)), value.detach())
         contents.add(Entry(key, tuple(value.shape), [scalar], [scalar] if first else []))
+
+
+@dataclass(frozen=True)
+class _State:
+    """Brings the state of a group that rests on a tier."""
+
+    optimizer: ShardedOptimizer
+    group: ShardGroup
+
+    def __call__(self, changed: bool) -> AbstractContextManager[None]:
+        return self.optimizer.shown(self.group, changed=changed)
+
+
+def _away_state(
+    optimizer: ShardedOptimizer, key: str, piece: Piece, kind: str, dtype: torch.dtype | None = None
+) -> Away:
+    """With `dtype`, state that is made where there is none yet."""
+
+    def now() -> Entry:
+        contents = Contents()
+        if dtype is None:
+            value = optimizer.inner.state[piece.param][kind]
+        else:
+            value = optimizer.state_slot(piece, kind, dtype, scalar=False)
+        _add_state(contents, key, piece, value)
+        return contents.entries[key]
+
+    return Away(_State(optimizer, piece.group), now)
 
 
 def optimizer_differences(
@@ -208,6 +264,10 @@ def optimizer_entries(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.
         for kind in kinds.get(name, ()) if piece.param.numel() else ():
             key = f"{STATE}.{name}.{kind}"
             info = catalog.tensors[key]
+            if info.shape != () and piece.group.resting is not None:
+                _add_state(contents, key, piece, torch.empty(piece.param.numel(), device="meta"))
+                contents.entries[key].away = _away_state(optimizer, key, piece, kind, info.dtype)
+                continue
             slot = optimizer.state_slot(piece, kind, info.dtype, scalar=info.shape == ())
             _add_state(contents, key, piece, slot)
     return list(contents.entries.values())

@@ -151,7 +151,11 @@ class Checkpoints:
         name = str(tag or default_tag(engine))
         place = Place(Path(folder).absolute(), name, about, latest, keep_last, {"zero_to_fp32.py": EXPORTER})
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
-        if background:
+        if background and not contents.all_here:
+            log.warning(
+                "unishard: state that rests on a tier has no snapshot in memory; saving in the foreground"
+            )
+        elif background:
             return self.queue.start(place, contents)
         meeting = GroupMeeting(world())
         with bar(f"saving {place.tag}", contents.nbytes, show=meeting.rank == 0) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,12 +161,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def make_room(self, kinds: Callable[[Piece], Iterable[str]]) -> None:
         """Before state is read into slots: each piece counts by itself, and keeps only the kinds that will be read."""
         self._flat.separate()
-        for piece in self._pieces:
-            state = self.inner.state.get(piece.param) or {}
-            for name in set(state) - set(kinds(piece)):
-                value = state.pop(name)
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
+        dropped = {
+            piece: set(self.inner.state.get(piece.param) or {}) - set(kinds(piece)) for piece in self._pieces
+        }
+        for group in dict.fromkeys(piece.group for piece, names in dropped.items() if names):
+            with self.shown(group, changed=True):
+                for piece in [p for p in dropped if p.group is group]:
+                    self._drop(piece, dropped[piece])
+
+    def _drop(self, piece: Piece, names: Iterable[str]) -> None:
+        state = self.inner.state[piece.param]
+        for name in names:
+            value = state.pop(name)
+            if isinstance(value, torch.Tensor):
+                # Kernels keep what it was a view of.
+                value.zero_()
+
+    def shown(self, group: ShardGroup, *, changed: bool) -> AbstractContextManager[None]:
+        """Weights and state of `group` are in memory inside the block, and in `state`, wherever they rest."""
+        return self._resting.shown(group, changed=changed)
 
     def state_slot(self, piece: Piece, name: str, dtype: torch.dtype, *, scalar: bool) -> torch.Tensor:
         """The state tensor `name` of one piece, made of zeros if there is none: 1-D as the piece, or a scalar."""

@@ -24,12 +24,13 @@ def absent(like: torch.Tensor) -> torch.Tensor:
     tensor([nan, nan, nan])
     """
     fill = float("nan") if like.dtype.is_floating_point else 0
-    return torch.full((1,), fill, dtype=like.dtype, device=like.device).expand(like.numel())
+    one = torch.full((1,), fill, dtype=like.dtype, device=like.device)
+    return one.as_strided((like.numel(),), (0,))
 
 
 def is_absent(tensor: torch.Tensor) -> bool:
     """Whether `tensor` has elements and no memory of their own."""
-    return tensor.dim() == 1 and tensor.numel() > 1 and tensor.stride(0) == 0
+    return tensor.dim() == 1 and tensor.numel() > 0 and tensor.stride(0) == 0
 
 
 @dataclass
