@@ -6,6 +6,7 @@ import typer
 
 from unishard.cli.bench import bench
 from unishard.cli.config import app as config_app
+from unishard.cli.run import run
 
 app = typer.Typer(
     name="unishard",
@@ -15,6 +16,10 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.command()(bench)
+# What follows the script is the script's.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})(
+    run
+)
 
 
 @app.callback()

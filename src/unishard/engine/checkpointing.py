@@ -342,13 +342,12 @@ def write_exporter(folder: Path) -> None:
         path.chmod(0o755)
 
 
-def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen: bool) -> Path:
-    """Write a plain state dict in the compute dtype, which `torch.load(weights_only=True)` reads, from the first rank.
+def gather_16bit(engine: Engine, *, exclude_frozen: bool) -> dict[str, torch.Tensor] | None:
+    """Whole weights in the compute dtype and buffers, in CPU memory of the first rank; `None` on others.
 
     Groups are gathered one by one, so other ranks need no memory for the whole model. All ranks call together.
     """
-    meeting = GroupMeeting(world())
-    path, state = Path(folder) / name, {}
+    first, state = world().rank == 0, {}
     frozen = {id(p) for p in engine.module.parameters() if not p.requires_grad}
     names: dict[int, list[str]] = {}
     for param_name, param in engine.module.named_parameters(remove_duplicate=False):
@@ -357,18 +356,29 @@ def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen:
         held = group.shown_whole
         group.unshard()
         group.wait()
-        for registration in group.registrations if meeting.rank == 0 else ():
+        for registration in group.registrations if first else ():
             param = registration.visible
             if not (exclude_frozen and id(param) in frozen):
                 value = registration.whole.detach().to("cpu", copy=True)
                 state.update(dict.fromkeys(names.get(id(param), ()), value))
         if not held:
             group.reshard()
-    failure = None
-    if meeting.rank == 0:
+    if not first:
+        return None
+    for buffer_name, buffer in persistent_buffers(engine.module):
+        state[buffer_name] = buffer.detach().to("cpu", copy=True)
+    return state
+
+
+def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen: bool) -> Path:
+    """Write a plain state dict in the compute dtype, which `torch.load(weights_only=True)` reads, from the first rank.
+
+    All ranks call together; raises on all or on none.
+    """
+    meeting, path = GroupMeeting(world()), Path(folder) / name
+    state, failure = gather_16bit(engine, exclude_frozen=exclude_frozen), None
+    if state is not None:
         try:
-            for buffer_name, buffer in persistent_buffers(engine.module):
-                state[buffer_name] = buffer.detach().to("cpu", copy=True)
             _save_aside(state, path)
         except Exception as error:
             failure = error

@@ -32,6 +32,13 @@ from unishard.sharding.precision import MixedPrecision, as_dtype
 log = logging.getLogger("unishard")
 
 
+class Makers(NamedTuple):
+    """The classes of what `initialize` builds: a door may give its users subclasses with more names."""
+
+    engine: type[Engine] = Engine
+    optimizer: Callable[[ResolvedConfig], type[ShardedOptimizer]] = lambda rc: ShardedOptimizer
+
+
 class Initialized(NamedTuple):
     """What `initialize` returns, in DeepSpeed's order."""
 
@@ -56,6 +63,7 @@ def initialize(
     mesh: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    makers: Makers = Makers(),  # noqa: B008 - immutable
 ) -> Initialized:
     """Shard `model` as `config` says and return (engine, optimizer, dataloader, lr_scheduler).
 
@@ -69,6 +77,7 @@ def initialize(
         training_data: a dataset, for a loader of micro-batches split over data-parallel ranks.
         lr_scheduler: a scheduler, or a function from optimizer to scheduler.
         config: a path, a dict, or a `Config`. mesh: a 1-D or (dp_replicate, dp_shard) `DeviceMesh`.
+        makers: the classes of engine and optimizer, for doors.
 
     Raises:
         ConfigError: all problems of the configuration at once. ShardingError: a model or mesh that cannot be sharded.
@@ -98,10 +107,10 @@ def initialize(
     client = _client_optimizer(optimizer, model_parameters, model, rc)
     sharded = shard_in_place(model, ShardPlan(preset(rc.sharding), axes, _precision(rc), device))
     _cast_buffers(model, rc)
-    wrapped = _optimizer(client, model_parameters, model, sharded, rc)
+    wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
     scheduler = _scheduler(lr_scheduler, wrapped, rc)
     loader = build_dataloader(training_data, collate_fn, rc, axes) if training_data is not None else None
-    engine = Engine(sharded, rc, axes, device, wrapped, scheduler, loader)
+    engine = makers.engine(sharded, rc, axes, device, wrapped, scheduler, loader)
     return Initialized(engine, wrapped, loader, scheduler)
 
 
@@ -218,6 +227,7 @@ def _optimizer(
     model: nn.Module,
     sharded: ShardedModel,
     rc: ResolvedConfig,
+    makers: Makers,
 ) -> ShardedOptimizer | None:
     pieces = Pieces(sharded.groups)
     if client is not None:
@@ -230,7 +240,7 @@ def _optimizer(
     else:
         return None
     _set_divisors(sharded, rc)
-    wrapped = ShardedOptimizer(
+    wrapped = makers.optimizer(rc)(
         inner,
         sharded.schedule,
         pieces,

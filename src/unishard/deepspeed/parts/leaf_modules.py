@@ -1,0 +1,106 @@
+"""Leaf modules: modules whose parameters are gathered all together, whatever runs inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from unishard.errors import ShardingError
+from unishard.sharding.wrap import LEAF
+
+
+def z3_leaf_module(model: nn.Module) -> bool:
+    """Whether `model` was declared a leaf."""
+    return bool(getattr(model, LEAF, False))
+
+
+def z3_leaf_parameter(parameter: nn.Parameter) -> bool:
+    """Whether a leaf module was said to hold `parameter`."""
+    return bool(getattr(parameter, "ds_z3_leaf_module", None))
+
+
+def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that are leaves."""
+    return [module for module in model.modules() if z3_leaf_module(module)]
+
+
+def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
+    """Declare `model` itself a leaf, or no leaf. Takes effect when the model is sharded."""
+    setattr(model, LEAF, flag)
+
+
+def set_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Iterable[type[nn.Module] | str], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """Declare every module of these classes (or class names) a leaf; returns them. Call it before `initialize`."""
+    wanted = list(leaf_module_classes)
+    found = [m for m in model.modules() if any(_is_a(m, kind) for kind in wanted)]
+    return _mark(found, True, wanted, raise_if_not_found)
+
+
+def unset_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Iterable[type[nn.Module] | str], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """Undo `set_z3_leaf_modules`; returns the modules it changed."""
+    wanted = list(leaf_module_classes)
+    found = [m for m in model.modules() if any(_is_a(m, kind) for kind in wanted)]
+    return _mark(found, False, wanted, raise_if_not_found)
+
+
+def set_z3_leaf_modules_by_name(
+    model: nn.Module, module_names: Iterable[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """Declare the modules of these paths leaves; returns them and the names that were not found."""
+    modules = dict(model.named_modules())
+    wanted = list(module_names)
+    missing = [name for name in wanted if name not in modules]
+    found = [modules[name] for name in wanted if name in modules]
+    return _mark(found, flag, wanted, raise_if_not_found), missing
+
+
+def set_z3_leaf_modules_by_suffix(
+    model: nn.Module, module_name_suffixes: Iterable[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """Declare modules whose path ends with one of these leaves; returns them and the suffixes that match nothing."""
+    wanted = list(module_name_suffixes)
+    found = {s: [m for name, m in model.named_modules() if name.endswith(s)] for s in wanted}
+    every = list(dict.fromkeys(module for modules in found.values() for module in modules))
+    return _mark(every, flag, wanted, raise_if_not_found), [s for s in wanted if not found[s]]
+
+
+def _is_a(module: nn.Module, kind: type[nn.Module] | str) -> bool:
+    if isinstance(kind, str):
+        cls = type(module)
+        return kind in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
+    return isinstance(module, kind)
+
+
+def _mark(modules: list[nn.Module], flag: bool, wanted: list[Any], needed: bool) -> list[nn.Module]:
+    if not modules and needed:
+        names = ", ".join(getattr(kind, "__name__", str(kind)) for kind in wanted)
+        raise LeafModuleError(f"no module of the model matches {names}; look at model.named_modules()")
+    for module in modules:
+        set_z3_leaf_module(module, flag)
+    return modules
+
+
+class LeafModuleError(ShardingError):
+    """Leaf modules that the model does not have."""
+
+
+@contextmanager
+def leaf_settings(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
+    """Honour `zero_optimization.leaf_module` of a raw configuration on `model`."""
+    section = config.get("zero_optimization")
+    section = section.get("leaf_module") if isinstance(section, Mapping) else None
+    if isinstance(section, Mapping):
+        if section.get("classes"):
+            set_z3_leaf_modules(model, section["classes"], raise_if_not_found=False)
+        if section.get("names"):
+            set_z3_leaf_modules_by_name(model, section["names"], raise_if_not_found=False)
+        if section.get("name_suffixes"):
+            set_z3_leaf_modules_by_suffix(model, section["name_suffixes"], raise_if_not_found=False)
+    yield
