@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 from torch.utils.data import Dataset
@@ -61,13 +62,9 @@ def trainer(folder: Path, ds_config: dict[str, Any], steps: int, **options: Any)
         deepspeed=ds_config, seed=1, max_grad_norm=0.5, lr_scheduler_type="linear", warmup_steps=1,
     )  # fmt: skip
     args = transformers.TrainingArguments(**(defaults | options))
-    return transformers.Trainer(
-        model_init=new_model if ds_config["zero_optimization"]["stage"] == 3 else None,
-        model=None if ds_config["zero_optimization"]["stage"] == 3 else new_model(),
-        args=args,
-        train_dataset=Rows(32),
-        eval_dataset=Rows(8),
-    )
+    # With the arguments in place, ZeRO-3 builds the model sharded and reads the file shard by shard.
+    model = transformers.GPT2LMHeadModel.from_pretrained(str(folder.parent / "start"))
+    return transformers.Trainer(model=model, args=args, train_dataset=Rows(32), eval_dataset=Rows(8))
 
 
 def losses(run: transformers.Trainer) -> list[float]:
@@ -76,6 +73,10 @@ def losses(run: transformers.Trainer) -> list[float]:
 
 def main(stage: int, folder: Path) -> None:
     result: dict[str, Any] = {}
+    if int(os.environ.get("RANK", "0")) == 0:
+        new_model().save_pretrained(folder / "start")
+    transformers.TrainingArguments(output_dir=str(folder)).device  # noqa: B018 - creates the process group
+    torch.distributed.barrier()
     run = trainer(folder / "whole", config(stage), 4)
     run.train()
     result["losses"] = losses(run)
@@ -86,8 +87,8 @@ def main(stage: int, folder: Path) -> None:
     result["file"] = deepspeed.__file__
     result["version"] = deepspeed.__version__
     if run.is_world_process_zero():
-        loaded = transformers.GPT2LMHeadModel.from_pretrained(str(folder / "model"))
-        result["weights"] = float(sum(p.double().abs().sum() for p in loaded.parameters()))
+        saved = safetensors.torch.load_file(folder / "model" / "model.safetensors")
+        result["weights"] = float(sum(value.double().abs().sum() for value in saved.values()))
     halves = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
     first = trainer(folder / "halves", config(stage), 4, **halves)
     first.train()
