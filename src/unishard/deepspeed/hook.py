@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from unishard.deepspeed.release import VERSION
 from unishard.errors import StateError
 
 NAME, TARGET = "deepspeed", "unishard.deepspeed"
@@ -44,9 +42,11 @@ class AliasFinder:
         spec.has_location = found.origin is not None
         return spec
 
-    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+    def find_distributions(self, context: Any = None) -> Iterable[Any]:
         """The metadata of the drop-in, for whoever asks for `deepspeed`."""
         if getattr(context, "name", None) in (None, NAME):
+            from unishard.deepspeed.distribution import DropInDistribution
+
             yield DropInDistribution()
 
     def invalidate_caches(self) -> None:
@@ -64,20 +64,6 @@ class AliasLoader:
     def exec_module(self, module: ModuleType) -> None:
         # The import system has just written the alias's spec over the module's own.
         module.__spec__ = self._own
-
-
-class DropInDistribution(importlib.metadata.Distribution):
-    """What `importlib.metadata` says about `deepspeed` while the drop-in is installed."""
-
-    def read_text(self, filename: str) -> str | None:
-        return {
-            "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n"
-            "Summary: unishard in the place of DeepSpeed\n",
-            "top_level.txt": f"{NAME}\n",
-        }.get(filename)
-
-    def locate_file(self, path: Any) -> Any:
-        return Path(__file__).parent.parent / path
 
 
 def installed() -> bool:

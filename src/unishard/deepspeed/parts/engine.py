@@ -14,6 +14,7 @@ from torch import nn
 from unishard.deepspeed.parts.accessors import CONFIG_ACCESSORS, config_accessors
 from unishard.deepspeed.parts.configuration import ConfigView
 from unishard.deepspeed.parts.data import DataIO
+from unishard.deepspeed.parts.fragments import note_optimizer
 from unishard.engine.engine import Engine
 from unishard.errors import StateError, UnsupportedError
 
@@ -44,6 +45,8 @@ class DeepSpeedEngine(DataIO, Engine):
         """What only the door knows."""
         self.config = config  # pyright: ignore[reportAttributeAccessIssue]
         self.args, self.collate_fn, self.client_optimizer = args, collate_fn, client
+        if self.optimizer is not None:
+            note_optimizer(self.optimizer)
         # Direct calls of backward() are divided by the accumulation steps here.
         self._warned_plain_backward = True
 

@@ -19,10 +19,12 @@ def __getattr__(name: str) -> Any:
 
         return compatible_ops()
     if name == "installed_ops":
-        from unishard.deepspeed.parts.op_builders import ALL_OPS
-        from unishard.kernels.native import available
+        import importlib.util
 
-        return dict.fromkeys(ALL_OPS, False) | {name: available() for name in ("cpu_adam", "cpu_lion", "cpu_adagrad")}
+        from unishard.deepspeed.parts.op_builders import ALL_OPS
+
+        built = importlib.util.find_spec("unishard._native") is not None
+        return {name: built and name in ("cpu_adam", "cpu_lion", "cpu_adagrad") for name in ALL_OPS}
     if name == "torch_info":
         import torch
 
