@@ -219,7 +219,7 @@ def sharded_construction(stage: int, folder: Path) -> dict[str, Any]:
 @case
 def inspected(stage: int, folder: Path) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
-    from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_grad, safe_set_full_optimizer_state
 
     net = new_net()
     settings = config(stage, gradient_clipping=0.0)
@@ -231,10 +231,15 @@ def inspected(stage: int, folder: Path) -> dict[str, Any]:
     for name, param in engine.module.named_parameters():
         seen[name] = safe_get_full_grad(param), safe_get_full_fp32_param(param)
         seen[name] += (safe_get_full_optimizer_state(param, "exp_avg"),)
+    for param in engine.module.parameters():
+        safe_set_full_grad(param, torch.full(safe_get_full_grad(param).shape, 0.01))
+        safe_set_full_optimizer_state(param, torch.full(safe_get_full_grad(param).shape, 0.02), "exp_avg")
     engine.step()
+    result = summary(engine, losses + run(engine, 1, first=2), seen=seen)
     for param in engine.module.parameters():
         safe_set_full_fp32_param(param, torch.full_like(safe_get_full_fp32_param(param), 0.125))
-    return summary(engine, losses + run(engine, 1, first=2), seen=seen)
+    result["written"] = [safe_get_full_fp32_param(param) for param in engine.module.parameters()]
+    return result
 
 
 def main(folder: Path) -> None:

@@ -34,6 +34,12 @@ class SurfaceModule(ModuleType):
         self.__dict__[name] = value
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A name of the table that is also a submodule (utils.z3_leaf_module) stays what the table says.
+        if isinstance(value, SurfaceModule) and name in _names(_path_of(self.__name__)):
+            return
+        super().__setattr__(name, value)
+
     def __dir__(self) -> list[str]:
         return sorted({*self.__dict__, *_names(_path_of(self.__name__))})
 

@@ -58,9 +58,9 @@ class model_3d_desc:  # noqa: N801 - DeepSpeed's name
         return not errors, errors
 
 
-def get_model_3d_descriptor(folder: str) -> model_3d_desc:
+def get_model_3d_descriptor(dir: str) -> model_3d_desc:
     """Read the degrees off the file names of a DeepSpeed checkpoint."""
-    files = os.listdir(folder)
+    files = os.listdir(dir)
     zero = [name for name in files if name.endswith("_optim_states.pt")]
     model = [name for name in files if name.startswith("mp_rank_")]
     layers = {name.split("-")[0] for name in files if name.startswith("layer_")}

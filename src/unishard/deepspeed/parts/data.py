@@ -43,10 +43,46 @@ class RepeatingLoader(Iterable[Any]):
 class DeepSpeedDataLoader(Iterable[Any]):
     """A loader with a length, `next()`, and a function that every batch goes through (`post_process_func`)."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int = 1,
+        pin_memory: bool = False,
+        local_rank: int = -1,
+        tput_timer: Any = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        num_local_io_workers: int | None = None,
+        data_sampler: Any = None,
+        data_parallel_world_size: int | None = None,
+        data_parallel_rank: int | None = None,
+        dataloader_drop_last: bool = False,
+        deepspeed_dataloader_config: Any = None,
+    ) -> None:
+        if data_sampler is None and data_parallel_world_size and not isinstance(dataset, IterableDataset):
+            data_sampler = DistributedSampler(dataset, data_parallel_world_size, data_parallel_rank)
+        self._take(
+            DataLoader(
+                dataset,
+                batch_size=batch_size,
+                sampler=data_sampler,
+                collate_fn=collate_fn,
+                num_workers=num_local_io_workers or 0,
+                pin_memory=pin_memory,
+                drop_last=dataloader_drop_last,
+            )
+        )
+
+    def _take(self, loader: DataLoader[Any]) -> None:
         self.dataloader = loader
         self.post_process_func: Callable[[Any, Any], Any] | None = None
         self.data: Iterator[Any] | None = None
+
+    @classmethod
+    def around(cls, loader: DataLoader[Any]) -> DeepSpeedDataLoader:
+        """A view of a loader that exists."""
+        made = cls.__new__(cls)
+        made._take(loader)
+        return made
 
     @property
     def dataset(self) -> Any:
@@ -101,27 +137,23 @@ class DataIO:
         size = batch_size or engine.train_micro_batch_size_per_gpu()
         own = size == engine.train_micro_batch_size_per_gpu()
         if data_sampler is None and route == ROUTE_TRAIN and own and not num_local_io_workers:
-            return DeepSpeedDataLoader(build_dataloader(dataset, collate, engine.config, engine.axes))
+            return DeepSpeedDataLoader.around(build_dataloader(dataset, collate, engine.config, engine.axes))
         if data_sampler is None and not isinstance(dataset, IterableDataset):
             data_sampler = DistributedSampler(
                 dataset, engine.dp_world_size, engine.get_data_parallel_rank(), shuffle=route == ROUTE_TRAIN
             )
-        loader = DataLoader(
+        return DeepSpeedDataLoader(
             dataset,
             batch_size=size,
-            sampler=data_sampler,
+            data_sampler=data_sampler,
             collate_fn=collate,
-            num_workers=num_local_io_workers or 0,
+            num_local_io_workers=num_local_io_workers,
             pin_memory=pin_memory and engine.device.type == "cuda",
-            drop_last=bool(engine.config.dataloader_drop_last),
+            dataloader_drop_last=bool(engine.config.dataloader_drop_last),
         )
-        return DeepSpeedDataLoader(loader)
 
     def set_data_post_process_func(self, post_process_func: Callable[[Any, Any], Any]) -> None:
         """Let every batch of the training loader go through `post_process_func(batch, sampler_state)`."""
         engine: Any = self
-        loader = engine.training_dataloader
-        if loader is not None:
-            if not isinstance(loader, DeepSpeedDataLoader):
-                loader = engine.training_dataloader = DeepSpeedDataLoader(loader)
-            loader.post_process_func = post_process_func
+        if engine.training_dataloader is not None:
+            engine.training_dataloader.post_process_func = post_process_func

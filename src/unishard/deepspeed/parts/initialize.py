@@ -17,6 +17,7 @@ from unishard.deepspeed.parts.configuration import (
     raw_config,
     with_defaults,
 )
+from unishard.deepspeed.parts.data import DeepSpeedDataLoader
 from unishard.deepspeed.parts.engine import DeepSpeedEngine
 from unishard.deepspeed.parts.parameters import show_zero_attributes
 from unishard.deepspeed.parts.zero_optimizers import optimizer_class
@@ -86,7 +87,9 @@ def initialize(
     engine: Any = built.engine
     resolved: ResolvedConfig = engine.config
     engine.complete(ConfigView(raw, resolved), args, collate_fn, client=optimizer)
-    return engine, built.optimizer, built.dataloader, built.lr_scheduler
+    if built.dataloader is not None:
+        engine.training_dataloader = DeepSpeedDataLoader.around(built.dataloader)
+    return engine, built.optimizer, engine.training_dataloader, built.lr_scheduler
 
 
 def _config_of(args: Any, config: Any) -> dict[str, Any]:

@@ -17,9 +17,9 @@ def z3_leaf_module(model: nn.Module) -> bool:
     return bool(getattr(model, LEAF, False))
 
 
-def z3_leaf_parameter(parameter: nn.Parameter) -> bool:
-    """Whether a leaf module was said to hold `parameter`."""
-    return bool(getattr(parameter, "ds_z3_leaf_module", None))
+def z3_leaf_parameter(model: nn.Parameter) -> bool:
+    """Whether a leaf module was said to hold this parameter."""
+    return bool(getattr(model, "ds_z3_leaf_module", None))
 
 
 def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:

@@ -78,10 +78,10 @@ def debug_param2name_id_shape_status(param: Any) -> str:
     return f"{debug_param2name_id_shape(param)} status={getattr(param, 'ds_status', None)}"
 
 
-def print_rank0(*parts: Any) -> None:
+def print_rank0(msg: Any, force: bool = False) -> None:
     """Print on rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*parts)
+    if force or not dist.is_initialized() or dist.get_rank() == 0:
+        print(msg)
 
 
 def _asked(mpu: Any, default: Any, *names: str) -> Any:

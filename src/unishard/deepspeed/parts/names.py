@@ -14,7 +14,7 @@ git_hash = git_branch = "unishard"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("__compatible_ops__", "compatible_ops"):
+    if name == "__compatible_ops__":
         from unishard.deepspeed.parts.op_builders import compatible_ops
 
         return compatible_ops()

@@ -134,7 +134,8 @@ class ThroughputTimer:
     """Samples a second over the steps between `start` and `stop`."""
 
     def __init__(
-        self, config: object = None, batch_size: int = 1, start_step: int = 2, steps_per_output: int | None = None
+        self, config: object = None, batch_size: int = 1, start_step: int = 2, steps_per_output: int | None = None,
+        monitor_memory: bool = False, logging_fn: object = None,
     ) -> None:
         self.batch_size, self.start_step, self.steps_per_output = max(batch_size, 1), start_step, steps_per_output
         self.global_step_count = 0

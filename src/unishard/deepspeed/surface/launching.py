@@ -12,7 +12,7 @@ LAUNCHING: dict[str, Names] = {
     "launcher.runner": absent(
         LAUNCHER,
         "main", "parse_args", "fetch_hostfile", "parse_resource_filter", "parse_inclusion_exclusion",
-        "encode_world_info", "parse_num_nodes", "run_autotuning",
+        "encode_world_info", "run_autotuning",
     ),
     "launcher.launch": absent(LAUNCHER, "main", "parse_args", "terminate_process_tree"),
     "launcher.multinode_runner": absent(LAUNCHER, *_RUNNERS),
@@ -25,6 +25,6 @@ LAUNCHING: dict[str, Names] = {
     "autotuning.config": {**part("config_models", "DeepSpeedAutotuningConfig")},
     "autotuning.scheduler": absent(TUNING, "ResourceManager", "Node", "Reservation"),
     "autotuning.tuner": absent(TUNING, "GridSearchTuner", "RandomTuner", "ModelBasedTuner"),
-    "autotuning.utils": absent(TUNING, "search_error", "was_interruptted"),
+    "autotuning.utils": absent(TUNING, "search_error"),
     "autotuning.constants": constants(AUTOTUNING="autotuning"),
 }  # fmt: skip

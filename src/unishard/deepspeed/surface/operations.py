@@ -8,7 +8,7 @@ from unishard.deepspeed.surface.reasons import COMPRESSED, INFERENCE, OFFLOAD, W
 
 _ADAM = part("optimizers", "DeepSpeedCPUAdam", "FusedAdam")
 _LION = part("optimizers", "DeepSpeedCPULion", "FusedLion")
-_BUILDERS = part("op_builders", "OpBuilder", "ALL_OPS", *BUILDER_NAMES)
+_BUILDERS = part("op_builders", "OpBuilder", *BUILDER_NAMES)
 
 OPERATIONS: dict[str, Names] = {
     "ops": {**part("names", "__compatible_ops__")},

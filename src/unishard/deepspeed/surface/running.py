@@ -47,7 +47,6 @@ RUNNING: dict[str, Names] = {
         **part("engine", "DeepSpeedEngine"),
         **_OPTIMIZER_NAMES,
         **part("zero_optimizers", "DeepSpeedZeroOptimizer", "BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer"),
-        **part("timers", EngineTimers="SynchronizedWallClockTimer"),
         **part("monitors", "MonitorMaster"),
     },
     "runtime.config": {
@@ -85,21 +84,21 @@ RUNNING: dict[str, Names] = {
     "runtime.utils": {
         **part(
             "numerics",
-            "CheckOverflow", "DummyOptim", "align_dense_tensors", "bytes_of", "call_to_str", "clip_grad_norm_",
+            "CheckOverflow", "DummyOptim", "align_dense_tensors", "call_to_str", "clip_grad_norm_",
             "clip_tensors_by_global_norm", "copy_to_device", "empty_cache", "ensure_directory_exists",
-            "filter_empty_parameters", "get_global_norm", "get_global_norm_of_tensors", "get_grad_norm", "get_ma_status",
+            "filter_empty_parameters", "get_global_norm", "get_global_norm_of_tensors", "get_ma_status",
             "get_only_unique_item", "get_weight_norm", "has_inf_or_nan", "is_model_parallel_parameter", "memory_status",
             "move_to_device", "noop_decorator", "partition_balanced", "partition_uniform", "prefix_sum_inc",
             "see_memory_usage", "set_random_seed", "get_flattened_grad_norm", "get_tensor_bytes", "noop_context",
         ),
         **part("numerics", "PartitionedTensor", note="built from a group and a tensor; not from saved metadata"),
-        **absent(INTERNAL, "all_gather_dp_groups", "all_gather_into_tensor_dp_groups", "required_torch_version_of_ops"),
+        **absent(INTERNAL, "all_gather_dp_groups", "all_gather_into_tensor_dp_groups"),
     },  # fmt: skip
     "runtime.compiler": {**part("machine", "is_compile_supported", "disable", "enable", "is_compiling")},
     "runtime.torch_autocast": {**absent("set bf16.enabled, or use torch.autocast yourself", "init_autocast_params")},
     "runtime.sparse_tensor": {**absent("gradients are reduced dense; build embeddings with sparse=False", "SparseTensor")},
     "runtime.state_dict_factory": {**absent("load weights with unishard.load_safetensors", "SDLoaderFactory")},
-    "runtime.activation_checkpointing": {**part("recomputation", "checkpoint")},
+    "runtime.activation_checkpointing": {},
     "runtime.activation_checkpointing.checkpointing": {
         **part(
             "recomputation",
@@ -116,7 +115,7 @@ RUNNING: dict[str, Names] = {
     "runtime.comm": {},
     "runtime.comm.coalesced_collectives": {
         **part("numerics", "reduce_scatter_coalesced"),
-        **absent("quantized reduction is not part of this version", "all_to_all_quant_reduce", "all_to_all_loco_quant_reduce"),
+        **absent("quantized reduction is not part of this version", "all_to_all_quant_reduce"),
     },
     "runtime.tensor_parallel": {**absent(TENSOR, "TpTrainingManager", "get_tensor_parallel_config")},
     "runtime.zenflow": {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unishard.deepspeed.entries import Names, absent, constants, elsewhere, part, spelled
+from unishard.deepspeed.entries import Names, absent, constants, part, spelled
 from unishard.deepspeed.surface.reasons import EXPERTS, FLOPS, INTERNAL, SEQUENCE
 
 _COMM = part(
@@ -53,7 +53,7 @@ _FRAGMENTS = part(
 )  # fmt: skip
 _FRAGMENT_INTERNALS = absent(
     INTERNAL,
-    "tensor_fragment", "fragment_address", "get_full_hp_param", "get_full_hp_grad", "get_hp_fragment_mapping",
+    "fragment_address", "get_full_hp_param", "get_full_hp_grad", "get_hp_fragment_mapping",
     "map_to_flat_opt_states", "set_full_hp_param", "set_full_hp_grad",
 )  # fmt: skip
 _LEAVES = part(
@@ -94,7 +94,9 @@ SERVICES: dict[str, Names] = {
     "accelerator.cpu_accelerator": {**part("accelerator", "CPU_Accelerator")},
     "accelerator.cuda_accelerator": {**part("accelerator", "CUDA_Accelerator")},
     "utils": {
-        **_LOGS, **_FRAGMENTS, **_FRAGMENT_INTERNALS, **_LEAVES, **_LINKAGE, **_GROUPS, **_EXPERT_GROUPS,
+        **_FRAGMENTS, **_FRAGMENT_INTERNALS, **_LEAVES, **_LINKAGE,
+        **{name: entry for name, entry in _GROUPS.items() if not name.startswith("_")},
+        **part("logs", "logger", "log_dist", "log_dist_once", "set_log_level_from_string"),
         **part("logs", "instrument_w_nvtx", "get_caller_func"),
         **part("on_device", "OnDevice"),
         **part("data", "RepeatingLoader"),
@@ -170,5 +172,4 @@ SERVICES: dict[str, Names] = {
         **absent(SEQUENCE, "UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter", "SequenceTiledCompute", "TiledMLP")
     },
     "runtime.sequence_parallel.parallel_state_sp": {**absent(SEQUENCE, "initialize_sequence_parallel")},
-    "runtime.tiled_mlp": {**elsewhere("unishard.deepspeed.parts.tiling", "TiledLinear")},
 }

@@ -27,7 +27,7 @@ ZERO: dict[str, Names] = {
     "runtime.zero": {
         **_STATUS,
         **_INIT,
-        **_TILING,
+        **part("tiling", "TiledLinear", "TiledLinearReturnBias"),
         **_OFFLOAD,
         **part("generation", "unwrap_model_for_generation"),
         **absent(INTERNAL, "DeepSpeedTensorOverride"),
