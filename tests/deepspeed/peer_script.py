@@ -22,9 +22,16 @@ Case = Callable[[int, Path], dict[str, Any]]
 CASES: dict[str, Case] = {}
 
 
-def case(function: Case) -> Case:
-    CASES[function.__name__] = function
-    return function
+STAGES: dict[str, tuple[int, ...]] = {}
+
+
+def case(*stages: int) -> Callable[[Case], Case]:
+    def add(function: Case) -> Case:
+        CASES[function.__name__] = function
+        STAGES[function.__name__] = stages
+        return function
+
+    return add
 
 
 class Block(nn.Module):
@@ -102,7 +109,7 @@ def summary(engine: Any, losses: list[float], **more: Any) -> dict[str, Any]:
     }
 
 
-@case
+@case(1, 2, 3)
 def plain(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config(stage))
@@ -110,14 +117,14 @@ def plain(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, losses, norm=float(engine.get_global_grad_norm()), clipping=engine.gradient_clipping())
 
 
-@case
+@case(1, 2, 3)
 def accumulation(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config(stage, 3))
     return summary(engine, run(engine, 6))
 
 
-@case
+@case(1, 3)
 def clipping(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     settings = config(stage, gradient_clipping=0.05)
@@ -125,7 +132,7 @@ def clipping(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, run(engine, STEPS), norm=float(engine.get_global_grad_norm()))
 
 
-@case
+@case(2, 3)
 def client_optimizer(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     decayed = [p for name, p in net.named_parameters() if name.endswith("weight")]
@@ -138,7 +145,7 @@ def client_optimizer(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, run(engine, STEPS))
 
 
-@case
+@case(1, 3)
 def client_scheduler(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     settings = config(stage)
@@ -151,7 +158,7 @@ def client_scheduler(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, run(engine, STEPS), last=scheduler.get_last_lr())
 
 
-@case
+@case(2)
 def configured_scheduler(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     schedule = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 6, "warmup_max_lr": 0.02}}
@@ -161,7 +168,7 @@ def configured_scheduler(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, run(engine, STEPS))
 
 
-@case
+@case(2, 3)
 def frozen(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     net.blocks[0].requires_grad_(False)
@@ -170,7 +177,7 @@ def frozen(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, run(engine, STEPS))
 
 
-@case
+@case(2, 3)
 def half_with_overflow(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     fp16 = {"enabled": True, "initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 2}
@@ -181,7 +188,7 @@ def half_with_overflow(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, losses, scale=engine.optimizer.cur_scale)
 
 
-@case
+@case(1, 2, 3)
 def checkpoint(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     schedule = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 0.02}}
@@ -200,13 +207,11 @@ def checkpoint(stage: int, folder: Path) -> dict[str, Any]:
     return summary(resumed, losses + run(resumed, 2, first=2))
 
 
-@case
+@case(3)
 def sharded_construction(stage: int, folder: Path) -> dict[str, Any]:
-    if stage != 3:
-        return {}
     with deepspeed.zero.Init(config_dict_or_path=config(stage)):
         net = Net()
-    attributes = [(tuple(p.ds_shape), p.ds_numel, tuple(p.shape), p.ds_status.name) for p in net.parameters()]
+    attributes = [(tuple(p.ds_shape), p.ds_numel, tuple(p.shape), p.ds_status.value) for p in net.parameters()]
     source = new_net()
     for target, value in zip(net.parameters(), source.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters(target, modifier_rank=0):
@@ -216,7 +221,7 @@ def sharded_construction(stage: int, folder: Path) -> dict[str, Any]:
     return summary(engine, run(engine, STEPS), attributes=attributes)
 
 
-@case
+@case(2, 3)
 def inspected(stage: int, folder: Path) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_grad, safe_set_full_optimizer_state
@@ -248,7 +253,7 @@ def main(folder: Path) -> None:
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     results: dict[str, Any] = {"version": deepspeed.__version__}
     for name, function in CASES.items():
-        for stage in (1, 2, 3):
+        for stage in STAGES[name]:
             results[f"{name}-{stage}"] = function(stage, folder / f"{name}-{stage}")
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")

@@ -29,13 +29,23 @@ def get_layer_ckpt_name_for_rank(base_folder: str, layer_id: str, tp_rank: int) 
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
-    """`item` with every tensor in it (in lists, tuples and dicts) copied to `device`, without its whole storage."""
+    """`item` with every tensor in it (in lists, tuples and dicts) copied to `device`, without its whole storage.
+
+    Tensors that are one memory (tied weights) stay one.
+    """
+    return _copied(item, torch.device(device), {})
+
+
+def _copied(item: Any, device: torch.device, known: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     if isinstance(item, torch.Tensor):
-        return item.detach().to(device, copy=True)
+        key = item.data_ptr(), item.dtype, item.shape, item.stride()
+        if key not in known or not item.numel():
+            known[key] = item.detach().to(device, copy=True)
+        return known[key]
     if isinstance(item, dict):
-        return type(item)({key: clone_tensors_for_torch_save(value, device) for key, value in item.items()})
+        return type(item)({key: _copied(value, device, known) for key, value in item.items()})
     if isinstance(item, (list, tuple)):
-        return type(item)(clone_tensors_for_torch_save(value, device) for value in item)
+        return type(item)(_copied(value, device, known) for value in item)
     return item
 
 
