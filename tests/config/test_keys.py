@@ -132,7 +132,6 @@ REFUSED_SECTIONS: dict[str, Any] = {
     "zero_optimization.offload_param": {"device": "nvme"},
     "zero_optimization.offload_optimizer": {"device": "cpu"},
     "zero_optimization.zenflow": {"topk_ratio": 0.2},
-    "zero_optimization.leaf_module": {"names": ["experts"]},
 }
 NEUTRAL_SECTIONS = [
     {"zero_optimization": {"offload_optimizer": {"device": "none", "pin_memory": True}}},

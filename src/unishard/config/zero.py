@@ -75,11 +75,11 @@ class ZenFlow(Section):
 
 
 class LeafModule(Section):
-    """`zero_optimization.leaf_module`: known, refused when it names something."""
+    """`zero_optimization.leaf_module`: modules gathered as one, by class, path, or end of path."""
 
-    classes: list[str] = []
-    names: list[str] = []
-    name_suffixes: list[str] = []
+    classes: Annotated[list[str], Honoured()] = []
+    names: Annotated[list[str], Honoured()] = []
+    name_suffixes: Annotated[list[str], Honoured()] = []
 
 
 class ReduceKeys(Section):
@@ -156,16 +156,7 @@ class GatherKeys(Section):
     override_module_apply: Annotated[bool, Translated("torch.nn.Module is never patched")] = True
     log_trace_cache_warnings: Annotated[bool, Translated("there is no trace cache to warn about")] = False
     enable_sanity_checks: Annotated[bool, Translated("the checks are always on")] = False
-    leaf_module: Annotated[
-        LeafModule | None,
-        not_available(
-            "leaf_module",
-            "wrap the modules with unishard.fully_shard before initialize",
-            asks=lambda value: (
-                value is not None and bool(value.classes or value.names or value.name_suffixes)
-            ),
-        ),
-    ] = None
+    leaf_module: LeafModule | None = None
 
 
 class OffloadKeys(Section):

@@ -26,6 +26,7 @@ from unishard.optim.schedules import build_schedule
 from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_groups
 from unishard.sharding.build import ShardPlan
 from unishard.sharding.in_place import ShardedModel, shard_in_place
+from unishard.sharding.leaves import mark_leaves
 from unishard.sharding.placement import preset
 from unishard.sharding.precision import MixedPrecision, as_dtype
 
@@ -105,6 +106,9 @@ def initialize(
     if rc.seed is not None:
         torch.manual_seed(rc.seed)
     client = _client_optimizer(optimizer, model_parameters, model, rc)
+    leaves = rc.zero_optimization.leaf_module
+    if leaves is not None:
+        mark_leaves(model, leaves.classes, leaves.names, leaves.name_suffixes)
     sharded = shard_in_place(model, ShardPlan(preset(rc.sharding), axes, _precision(rc), device))
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)

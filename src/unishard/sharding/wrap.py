@@ -11,6 +11,7 @@ from math import prod
 
 from torch import nn
 
+from unishard.sharding.leaves import is_leaf
 from unishard.sharding.parameter import Home, ParameterRecord, find_parameters
 from unishard.sharding.single import full_shape
 
@@ -28,9 +29,6 @@ class ChosenUnit:
     module: nn.Module
     records: list[ParameterRecord]
 
-
-LEAF = "_z3_leaf"
-"""Attribute: a module on which it is true is one unit with everything below it."""
 
 _EXTERNAL: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
 """Parameters that a module's forward uses although another module owns them."""
@@ -69,7 +67,7 @@ def choose_modules(model: nn.Module, large: int = LARGE_MODULE) -> list[tuple[st
         kinds = Counter(type(child) for _, child in children)
         for name, child in children:
             repeated = kinds[type(child)] > 1 and _is_block(module, child)
-            if repeated or getattr(child, LEAF, False) or (not any(child.children()) and _numel(child) > large):
+            if repeated or is_leaf(child) or (not any(child.children()) and _numel(child) > large):
                 chosen.append((prefix + name, child))
             else:
                 visit(child, f"{prefix}{name}.")

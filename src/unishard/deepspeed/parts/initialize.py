@@ -66,24 +66,21 @@ def initialize(
     if dist_init_required is not False:
         init_distributed(distributed_port=distributed_port)
     show_zero_attributes()
-    from unishard.deepspeed.parts.leaf_modules import leaf_settings
-
-    with leaf_settings(model, raw):
-        try:
-            built = build(
-                model=model,
-                optimizer=optimizer,
-                model_parameters=model_parameters,
-                training_data=training_data,
-                lr_scheduler=lr_scheduler,
-                collate_fn=collate_fn,
-                config=with_defaults(raw),
-                mesh=_mesh(mpu, mesh_param),
-                dist_init_required=dist_init_required,
-                makers=Makers(DeepSpeedEngine, optimizer_class),
-            )
-        except ConfigError as error:
-            raise DeepSpeedConfigError(str(error)) from error
+    try:
+        built = build(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            collate_fn=collate_fn,
+            config=with_defaults(raw),
+            mesh=_mesh(mpu, mesh_param),
+            dist_init_required=dist_init_required,
+            makers=Makers(DeepSpeedEngine, optimizer_class),
+        )
+    except ConfigError as error:
+        raise DeepSpeedConfigError(str(error)) from error
     engine: Any = built.engine
     resolved: ResolvedConfig = engine.config
     engine.complete(ConfigView(raw, resolved), args, collate_fn, client=optimizer)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from unishard.errors import ShardingError
-from unishard.sharding.wrap import LEAF
+from unishard.sharding.leaves import is_leaf, is_of, mark_leaf
 
 
 def z3_leaf_module(model: nn.Module) -> bool:
     """Whether `model` was declared a leaf."""
-    return bool(getattr(model, LEAF, False))
+    return is_leaf(model)
 
 
 def z3_leaf_parameter(model: nn.Parameter) -> bool:
@@ -29,7 +28,7 @@ def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
     """Declare `model` itself a leaf, or no leaf. Takes effect when the model is sharded."""
-    setattr(model, LEAF, flag)
+    mark_leaf(model, flag)
 
 
 def set_z3_leaf_modules(
@@ -37,7 +36,7 @@ def set_z3_leaf_modules(
 ) -> list[nn.Module]:
     """Declare every module of these classes (or class names) a leaf; returns them. Call it before `initialize`."""
     wanted = list(leaf_module_classes)
-    found = [m for m in model.modules() if any(_is_a(m, kind) for kind in wanted)]
+    found = [m for m in model.modules() if any(is_of(m, kind) for kind in wanted)]
     return _mark(found, True, wanted, raise_if_not_found)
 
 
@@ -46,7 +45,7 @@ def unset_z3_leaf_modules(
 ) -> list[nn.Module]:
     """Undo `set_z3_leaf_modules`; returns the modules it changed."""
     wanted = list(leaf_module_classes)
-    found = [m for m in model.modules() if any(_is_a(m, kind) for kind in wanted)]
+    found = [m for m in model.modules() if any(is_of(m, kind) for kind in wanted)]
     return _mark(found, False, wanted, raise_if_not_found)
 
 
@@ -71,13 +70,6 @@ def set_z3_leaf_modules_by_suffix(
     return _mark(every, flag, wanted, raise_if_not_found), [s for s in wanted if not found[s]]
 
 
-def _is_a(module: nn.Module, kind: type[nn.Module] | str) -> bool:
-    if isinstance(kind, str):
-        cls = type(module)
-        return kind in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
-    return isinstance(module, kind)
-
-
 def _mark(modules: list[nn.Module], flag: bool, wanted: list[Any], needed: bool) -> list[nn.Module]:
     if not modules and needed:
         names = ", ".join(getattr(kind, "__name__", str(kind)) for kind in wanted)
@@ -89,18 +81,3 @@ def _mark(modules: list[nn.Module], flag: bool, wanted: list[Any], needed: bool)
 
 class LeafModuleError(ShardingError):
     """Leaf modules that the model does not have."""
-
-
-@contextmanager
-def leaf_settings(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
-    """Honour `zero_optimization.leaf_module` of a raw configuration on `model`."""
-    section = config.get("zero_optimization")
-    section = section.get("leaf_module") if isinstance(section, Mapping) else None
-    if isinstance(section, Mapping):
-        if section.get("classes"):
-            set_z3_leaf_modules(model, section["classes"], raise_if_not_found=False)
-        if section.get("names"):
-            set_z3_leaf_modules_by_name(model, section["names"], raise_if_not_found=False)
-        if section.get("name_suffixes"):
-            set_z3_leaf_modules_by_suffix(model, section["name_suffixes"], raise_if_not_found=False)
-    yield
