@@ -149,6 +149,7 @@ CANDIDATES = [
     2.5,
     "bf16",
     "Fail",
+    "Ignore",
     "mean",
     "sum",
     "text",

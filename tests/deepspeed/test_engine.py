@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import unishard.deepspeed as deepspeed
-from unishard.errors import ShardingError, UnsupportedError
+from unishard.errors import CheckpointError, ShardingError, UnsupportedError
 
 WIDTH = 8
 
@@ -299,3 +299,14 @@ def test_fp32_weights_out_of_a_checkpoint(ranks, tmp_path):
     differences, _ = ranks(_consolidated, str(tmp_path))
     assert len(differences) == 6
     assert not any(differences.values())
+
+
+def _tags(folder: str) -> None:
+    engine = new_engine()
+    with pytest.raises(CheckpointError, match="rank 0 'tag0', rank 1 'tag1'"):
+        engine.save_checkpoint(folder, tag=f"tag{engine.global_rank}")
+
+
+def test_ranks_with_different_tags_raise(ranks, tmp_path):
+    ranks(_tags, str(tmp_path))
+    assert not list(tmp_path.iterdir())

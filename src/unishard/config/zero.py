@@ -142,7 +142,12 @@ class GatherKeys(Section):
         Size, Auto(), Translated("a group is released after its last use in forward and after its backward")
     ] = 10**9
     stage3_gather_16bit_weights_on_model_save: Annotated[
-        bool, Auto(), Translated("full weights are gathered where asked for, with unishard.gather")
+        bool,
+        Auto(),
+        Translated(
+            "full weights are gathered where asked for, with unishard.gather; the DeepSpeed door's save_16bit_model "
+            "follows this key"
+        ),
     ] = False
     stage3_gather_fp16_weights_on_model_save: Annotated[
         bool, Translated("an old name; full weights are gathered where asked for, with unishard.gather")

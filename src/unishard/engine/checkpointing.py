@@ -100,6 +100,16 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def require_same_tag(tag: str) -> None:
+    """Raise `CheckpointError` on every rank unless all ranks save under the same tag: it would be parts of several."""
+    tags = world().all_gather_object(tag)
+    if len(set(tags)) > 1:
+        shown = ", ".join(f"rank {rank} {given!r}" for rank, given in enumerate(tags[:8]))
+        raise CheckpointError(
+            f"save_checkpoint: ranks give different tags ({shown}); leave the tag out, or pass the same one on every rank"
+        )
+
+
 class Checkpoints:
     """Saving and loading for one engine."""
 
@@ -141,7 +151,9 @@ class Checkpoints:
             "sharding": engine.config.sharding,
             "config": engine.config.as_dict(),
         }
-        place = Place(Path(folder).absolute(), str(tag or default_tag(engine)), about, latest, keep_last)
+        tag = str(tag or default_tag(engine))
+        require_same_tag(tag)
+        place = Place(Path(folder).absolute(), tag, about, latest, keep_last)
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background:
             return self.queue.start(place, contents)
