@@ -40,8 +40,8 @@ unishard's own: `sharding`, `mesh`, `overlap_param_gather`, `optimizer_in_backwa
 """
 
 DOOR = """
-Through the DeepSpeed door (`unishard.deepspeed.initialize`, the drop-in) DeepSpeed's own defaults hold where they differ:
-{differences}.
+Through the DeepSpeed door (`unishard.deepspeed.initialize`, the drop-in) DeepSpeed's own defaults hold where they
+differ: {differences}.
 """
 
 
@@ -56,16 +56,26 @@ def page() -> str:
         parts.append(f"\n### {name}\n\n{_table(list(keys(model)))}")
     others = ", ".join(f"`{name}`" for name in TORCH_OPTIMIZERS)
     parts.append(
-        f"\nAlso torch's {others} and import paths such as `torch.optim.NAdam`, with their own parameters.\n\nRefused:\n\n"
+        f"\nAlso torch's {others} and import paths like `torch.optim.NAdam`, with their own parameters.\n\nRefused:\n\n"
     )
-    parts.append(_rows(["type", "why", "use instead"], [[f"`{n}`", u.reason, u.instead] for n, u in UNAVAILABLE_OPTIMIZERS.items()]))
+    parts.append(
+        _rows(
+            ["type", "why", "use instead"],
+            [[f"`{n}`", u.reason, u.instead] for n, u in UNAVAILABLE_OPTIMIZERS.items()],
+        )
+    )
     parts.append("\n## Parameters of schedules\n")
     for name, model in SCHEDULES.items():
         parts.append(f"\n### {name}\n\n{_table(list(keys(model)))}")
     others = ", ".join(f"`{name}`" for name in TORCH_SCHEDULES)
     parts.append(f"\nAlso torch's {others} and import paths, with their own parameters.\n")
     parts.append("\n## Values that do not go together\n\n")
-    parts.append(_rows(["key", "what", "instead"], [[f"`{c.key}`", _escaped(c.message), _escaped(c.instead)] for c in COMBINATIONS]))
+    parts.append(
+        _rows(
+            ["key", "what", "instead"],
+            [[f"`{c.key}`", _escaped(c.message), _escaped(c.instead)] for c in COMBINATIONS],
+        )
+    )
     return "".join(parts)
 
 
@@ -105,7 +115,11 @@ def _shown(value: Any) -> str:
         return "never"
     if value == sys.maxsize:
         return "no limit"
-    return f"`{value}`" if isinstance(value, str) else _escaped(str(list(value) if isinstance(value, tuple) else value))
+    return (
+        f"`{value}`"
+        if isinstance(value, str)
+        else _escaped(str(list(value) if isinstance(value, tuple) else value))
+    )
 
 
 def _escaped(text: str) -> str:

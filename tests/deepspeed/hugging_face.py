@@ -54,8 +54,10 @@ def new_model() -> Any:
     return transformers.GPT2LMHeadModel(shape)
 
 
-def trainer(folder: Path, ds_config: dict[str, Any] | None, steps: int, **options: Any) -> transformers.Trainer:
-    defaults: dict[str, Any] = dict(
+def trainer(
+    folder: Path, ds_config: dict[str, Any] | None, steps: int, **options: Any
+) -> transformers.Trainer:
+    defaults: dict[str, Any] = dict(  # noqa: C408
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(),
         deepspeed=ds_config, seed=1, max_grad_norm=0.5, lr_scheduler_type="linear", warmup_steps=1, disable_tqdm=True,
@@ -91,7 +93,9 @@ def through_trainer(stage: int | None, folder: Path) -> dict[str, Any]:
     if stage is None:
         return result
     # Best model at end: the checkpoint of the lowest evaluation loss is loaded again.
-    saving = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    saving: dict[str, Any] = dict(  # noqa: C408
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
+    )
     first = trainer(folder / f"halves-{stage}", ds_config, 4, **saving)
     first.train()
     result["best"] = first.state.best_model_checkpoint

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import deepspeed.accelerator
 import torch
 from torch import nn
+
+import deepspeed
 
 STEPS, BATCH, WIDTH, CLASSES = 4, 2, 16, 6
 Case = Callable[[int, Path], dict[str, Any]]
@@ -65,7 +66,10 @@ def batches(steps: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Te
     rank = torch.distributed.get_rank()
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(100 * step + rank)
-        yield torch.randn(BATCH, WIDTH, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator)
+        yield (
+            torch.randn(BATCH, WIDTH, generator=generator),
+            torch.randint(0, CLASSES, (BATCH,), generator=generator),
+        )
 
 
 def config(stage: int, accumulation: int = 1, **more: Any) -> dict[str, Any]:
@@ -114,7 +118,9 @@ def plain(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config(stage))
     losses = run(engine, STEPS)
-    return summary(engine, losses, norm=float(engine.get_global_grad_norm()), clipping=engine.gradient_clipping())
+    return summary(
+        engine, losses, norm=float(engine.get_global_grad_norm()), clipping=engine.gradient_clipping()
+    )
 
 
 @case(1, 2, 3)
@@ -161,7 +167,10 @@ def client_scheduler(stage: int, folder: Path) -> dict[str, Any]:
 @case(2)
 def configured_scheduler(stage: int, folder: Path) -> dict[str, Any]:
     net = new_net()
-    schedule = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 6, "warmup_max_lr": 0.02}}
+    schedule = {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_num_steps": 2, "total_num_steps": 6, "warmup_max_lr": 0.02},
+    }
     engine, *_ = deepspeed.initialize(
         model=net, model_parameters=net.parameters(), config=config(stage, scheduler=schedule)
     )
@@ -211,7 +220,9 @@ def checkpoint(stage: int, folder: Path) -> dict[str, Any]:
 def sharded_construction(stage: int, folder: Path) -> dict[str, Any]:
     with deepspeed.zero.Init(config_dict_or_path=config(stage)):
         net = Net()
-    attributes = [(tuple(p.ds_shape), p.ds_numel, tuple(p.shape), p.ds_status.value) for p in net.parameters()]
+    attributes = [
+        (tuple(p.ds_shape), p.ds_numel, tuple(p.shape), p.ds_status.value) for p in net.parameters()
+    ]
     source = new_net()
     for target, value in zip(net.parameters(), source.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters(target, modifier_rank=0):
@@ -223,8 +234,14 @@ def sharded_construction(stage: int, folder: Path) -> dict[str, Any]:
 
 @case(2, 3)
 def inspected(stage: int, folder: Path) -> dict[str, Any]:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_grad, safe_set_full_optimizer_state
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_grad,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_grad,
+        safe_set_full_optimizer_state,
+    )
 
     net = new_net()
     settings = config(stage, gradient_clipping=0.0)

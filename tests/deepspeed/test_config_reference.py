@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def generator():
-    spec = importlib.util.spec_from_file_location("config_reference", ROOT / "scripts" / "config_reference.py")
+    spec = importlib.util.spec_from_file_location(
+        "config_reference", ROOT / "scripts" / "config_reference.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -27,7 +29,9 @@ def test_the_page_is_current():
 
 def test_every_key_has_one_row_with_a_status():
     page = (ROOT / "docs" / "deepspeed-config.md").read_text()
-    rows = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")
+    ]
     by_key: dict[str, list[list[str]]] = {}
     for row in rows:
         by_key.setdefault(row[0].removeprefix("| ").split("`")[1], []).append(row)

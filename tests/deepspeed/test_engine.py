@@ -47,7 +47,9 @@ def settings(stage: int = 2, **more: Any) -> dict[str, Any]:
 def new_engine(stage: int = 2, **more: Any) -> Any:
     torch.manual_seed(0)
     net = Net()
-    return deepspeed.initialize(model=net, model_parameters=net.parameters(), config=settings(stage, **more))[0]
+    return deepspeed.initialize(model=net, model_parameters=net.parameters(), config=settings(stage, **more))[
+        0
+    ]
 
 
 def batch(seed: int = 0) -> torch.Tensor:
@@ -59,7 +61,10 @@ def weights(engine: Any) -> list[torch.Tensor]:
 
 
 def _plain_backward(stage: int) -> float:
-    reference, engine = new_engine(stage, gradient_accumulation_steps=2), new_engine(stage, gradient_accumulation_steps=2)
+    reference, engine = (
+        new_engine(stage, gradient_accumulation_steps=2),
+        new_engine(stage, gradient_accumulation_steps=2),
+    )
     for seed in range(2):
         reference.backward(reference(batch(seed)).square().mean())
         reference.step()
@@ -134,14 +139,20 @@ def _accessors(folder: str) -> dict[str, Any]:
     whole = engine._zero3_consolidated_16bit_state_dict()
     assert (whole is None) == (engine.global_rank != 0)
     state = engine.module_state_dict(exclude_frozen_parameters=True)
-    assert {n: tuple(v.shape) for n, v in state.items()} == {n: tuple(p.ds_shape) for n, p in engine.module.named_parameters()}
+    assert {n: tuple(v.shape) for n, v in state.items()} == {
+        n: tuple(p.ds_shape) for n, p in engine.module.named_parameters()
+    }
     engine.empty_partition_cache()
     with pytest.raises(UnsupportedError, match="curriculum"):
         engine.set_custom_curriculum_learning_schedule({})
     with engine.no_sync(), pytest.raises(AssertionError, match="no_sync"):
         engine.step()
     engine.destroy()
-    return {"bytes": sorted(torch.load(f"{folder}/model.bin", weights_only=True)) if engine.global_rank == 0 else []}
+    return {
+        "bytes": sorted(torch.load(f"{folder}/model.bin", weights_only=True))
+        if engine.global_rank == 0
+        else []
+    }
 
 
 def test_accessors_and_methods(ranks, tmp_path):
@@ -154,7 +165,10 @@ def _loaders() -> list[list[float]]:
     torch.manual_seed(0)
     net = Net()
     engine, _, loader, _ = deepspeed.initialize(
-        model=net, model_parameters=net.parameters(), training_data=data, config=settings(dataloader_drop_last=True)
+        model=net,
+        model_parameters=net.parameters(),
+        training_data=data,
+        config=settings(dataloader_drop_last=True),
     )
     assert len(loader) == 2
     seen = [target.tolist() for _, target in loader]
@@ -165,7 +179,7 @@ def _loaders() -> list[list[float]]:
     repeated = deepspeed.utils.RepeatingLoader(ordered)
     first = [next(repeated) for _ in range(len(ordered) + 1)]
     assert first[0] == first[-1]
-    return [sum(seen, []), sum(first[:-1], [])]
+    return [[x for rows in seen for x in rows], [x for rows in first[:-1] for x in rows]]
 
 
 def test_loaders_split_samples_over_ranks(ranks):
@@ -269,9 +283,13 @@ def _refusals() -> None:
     with pytest.raises(deepspeed.DeepSpeedConfigError, match="did you mean 'stage'"):
         deepspeed.initialize(model=Net(), config={"train_batch_size": 2, "zero_optimization": {"stge": 1}})
     with pytest.raises(AssertionError, match="64 != 1 x 1 x 2"):
-        deepspeed.DeepSpeedConfig({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+        deepspeed.DeepSpeedConfig(
+            {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        )
     with pytest.raises(deepspeed.DeepSpeedConfigError, match="given twice"):
-        deepspeed.initialize(args=type("Args", (), {"deepspeed_config": "x.json"}), model=Net(), config=settings())
+        deepspeed.initialize(
+            args=type("Args", (), {"deepspeed_config": "x.json"}), model=Net(), config=settings()
+        )
     with pytest.raises(UnsupportedError, match="remote_device='cpu'"):
         deepspeed.zero.Init(remote_device="cpu")
     with pytest.raises(ShardingError, match="no module of the model matches"):

@@ -77,7 +77,8 @@ def test_install_refuses_after_the_real_package(tmp_path):
 def test_nothing_changes_unless_asked(tmp_path):
     (tmp_path / "deepspeed.py").write_text("__version__ = '9.9'\n")
     done = run(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport unishard.deepspeed, deepspeed; print(deepspeed.__version__)"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import unishard.deepspeed, deepspeed; print(deepspeed.__version__)"
     )
     assert done.stdout == "9.9\n", done.stderr
 
@@ -86,12 +87,16 @@ def test_child_processes_get_the_drop_in_and_keep_their_own_sitecustomize(tmp_pa
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.own = 'kept'\n")
     environment = child_environment({**os.environ, "PYTHONPATH": str(tmp_path)})
     assert child_environment(environment)["PYTHONPATH"] == environment["PYTHONPATH"]
-    code = "import deepspeed, builtins, subprocess, sys; print(deepspeed.__version__, builtins.own, flush=True);"
+    code = (
+        "import deepspeed, builtins, subprocess, sys; print(deepspeed.__version__, builtins.own, flush=True);"
+    )
     code += "subprocess.run([sys.executable, '-c', 'import deepspeed; print(deepspeed.__version__)'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.stdout == "0.19.8+unishard kept\n0.19.8+unishard\n", done.stderr
     off = {**environment, ENVIRONMENT: "0"}
-    quiet = subprocess.run([sys.executable, "-c", "import builtins; print(builtins.own)"], capture_output=True, text=True, env=off, check=False)  # fmt: skip
+    quiet = run("import builtins; print(builtins.own)", **off)
     assert quiet.stdout == "kept\n"
 
 
@@ -108,6 +113,7 @@ def test_run_passes_arguments_through_and_starts_ranks(tmp_path):
         "open(sys.argv[1] + os.environ['RANK'], 'w').write(' '.join([deepspeed.__version__, *sys.argv[2:]]))\n"
     )
     command = [sys.executable, "-m", "unishard.cli.main", "run", "-n", "2", "--as-deepspeed", str(script)]
-    done = subprocess.run([*command, str(tmp_path / "out"), "--lr", "3"], capture_output=True, text=True, timeout=90, check=False)  # fmt: skip
+    command += [str(tmp_path / "out"), "--lr", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [(tmp_path / f"out{rank}").read_text() for rank in (0, 1)] == ["0.19.8+unishard --lr 3"] * 2

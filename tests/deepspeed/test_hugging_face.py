@@ -19,7 +19,17 @@ pytestmark = [pytest.mark.hf, pytest.mark.slow]
 def seen(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("hugging_face")
     script = Path(__file__).parent / "hugging_face.py"
-    command = [sys.executable, "-m", "unishard.cli.main", "run", "-n", "2", "--as-deepspeed", str(script), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "unishard.cli.main",
+        "run",
+        "-n",
+        "2",
+        "--as-deepspeed",
+        str(script),
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "results.pt", weights_only=False)

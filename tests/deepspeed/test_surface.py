@@ -57,7 +57,9 @@ def test_every_name_resolves(path):
     assert set(SURFACE[path]) <= set(dir(found))
 
 
-@pytest.mark.parametrize("path", [path for path, names in SURFACE.items() if any(e.status == "absent" for e in names.values())])
+@pytest.mark.parametrize(
+    "path", [path for path, names in SURFACE.items() if any(e.status == "absent" for e in names.values())]
+)
 def test_absent_names_refuse_at_first_use_and_say_what_instead(path):
     for name, entry in SURFACE[path].items():
         if entry.status == "absent":

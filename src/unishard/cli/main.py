@@ -17,9 +17,13 @@ app = typer.Typer(
 app.add_typer(config_app, name="config")
 app.command()(bench)
 # What follows the script is the script's.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})(
-    run
-)
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)(run)
 
 
 @app.callback()

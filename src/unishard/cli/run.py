@@ -13,7 +13,9 @@ def run(
     script: str = typer.Argument(help="the training script, followed by its own arguments"),
     ranks: int = typer.Option(0, "--ranks", "-n", help="processes; default: one for each GPU, or 1"),
     as_deepspeed: bool = typer.Option(
-        False, "--as-deepspeed", help="`import deepspeed` in the script, and in what it starts, means unishard"
+        False,
+        "--as-deepspeed",
+        help="`import deepspeed` in the script, and in what it starts, means unishard",
     ),
     port: int = typer.Option(0, help="of the rendezvous on this machine; default: a free one"),
     module: bool = typer.Option(False, "--module", "-m", help="SCRIPT is a module, as with python -m"),

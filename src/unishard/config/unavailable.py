@@ -272,15 +272,21 @@ class Checkpoint(Section):
 
     tag_validation: Annotated[
         Literal["Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail"],
-        Translated("ranks that give different tags raise on saving, in any mode", ("WARN", "warn", "FAIL", "fail", "Fail")),
+        Translated(
+            "ranks that give different tags raise on saving, in any mode",
+            ("WARN", "warn", "FAIL", "fail", "Fail"),
+        ),
     ] = "Warn"
     load_universal: Annotated[
         bool, Translated("load_checkpoint finds out by itself what kind of checkpoint it is given")
     ] = False
     use_node_local_storage: Annotated[
-        bool, not_available("node-local storage", "set it to false, and save to a folder that all nodes share")
+        bool,
+        not_available("node-local storage", "set it to false, and save to a folder that all nodes share"),
     ] = False
-    checkpoint_serialization: Annotated[bool, Translated("files hold tensors as they are, whatever this says")] = True
+    checkpoint_serialization: Annotated[
+        bool, Translated("files hold tensors as they are, whatever this says")
+    ] = True
     parallel_write: ParallelWrite = ParallelWrite()
     writer: Annotated[
         CheckpointWriter | None,

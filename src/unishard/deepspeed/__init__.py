@@ -1,8 +1,8 @@
 """DeepSpeed's API over unishard's engine: `import unishard.deepspeed as deepspeed`, or the drop-in.
 
-`install()` (or `unishard run --as-deepspeed`) makes `import deepspeed` mean this package. `python -m unishard.deepspeed`
-prints which of DeepSpeed's names are supported, partial or absent. Importing this package imports nothing heavy: names
-are looked up in `unishard.deepspeed.surface` when they are used.
+`install()` (or `unishard run --as-deepspeed`) makes `import deepspeed` mean this package. `python -m
+unishard.deepspeed` prints which of DeepSpeed's names are supported, partial or absent. Importing this package imports
+nothing heavy: names are looked up in `unishard.deepspeed.surface` when they are used.
 """
 
 from __future__ import annotations

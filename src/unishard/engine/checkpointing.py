@@ -106,7 +106,7 @@ def require_same_tag(tag: str) -> None:
     if len(set(tags)) > 1:
         shown = ", ".join(f"rank {rank} {given!r}" for rank, given in enumerate(tags[:8]))
         raise CheckpointError(
-            f"save_checkpoint: ranks give different tags ({shown}); leave the tag out, or pass the same one on every rank"
+            f"save_checkpoint: ranks give different tags ({shown}); leave the tag out, or pass one and the same"
         )
 
 

@@ -161,7 +161,9 @@ class DeepSpeedAccelerator(ABC):
     def LongTensor(self) -> Any:
         return self._tensor(torch.int64)
 
-    def pin_memory(self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True) -> torch.Tensor:
+    def pin_memory(
+        self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True
+    ) -> torch.Tensor:
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:

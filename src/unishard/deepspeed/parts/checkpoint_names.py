@@ -50,7 +50,7 @@ def _copied(item: Any, device: torch.device, known: dict[tuple[Any, ...], torch.
 
 
 @dataclass(frozen=True)
-class model_3d_desc:  # noqa: N801 - DeepSpeed's name
+class model_3d_desc:
     """Degrees of pipeline, tensor and data parallelism of a checkpoint."""
 
     pp_degree: int = 1
@@ -63,8 +63,14 @@ class model_3d_desc:  # noqa: N801 - DeepSpeed's name
 
     def is_valid(self, pp_index: int, tp_index: int, dp_index: int) -> tuple[bool, list[str]]:
         """Whether a rank's coordinates exist, and what is wrong with them."""
-        pairs = (("pp", pp_index, self.pp_degree), ("tp", tp_index, self.tp_degree), ("dp", dp_index, self.dp_degree))
-        errors = [f"{name} index {index} is not below {degree}" for name, index, degree in pairs if index >= degree]
+        pairs = (
+            ("pp", pp_index, self.pp_degree),
+            ("tp", tp_index, self.tp_degree),
+            ("dp", dp_index, self.dp_degree),
+        )
+        errors = [
+            f"{name} index {index} is not below {degree}" for name, index, degree in pairs if index >= degree
+        ]
         return not errors, errors
 
 

@@ -39,7 +39,9 @@ def init_distributed(
     if dist.is_initialized():
         return
     if dist_init_required is False:
-        raise RuntimeError("dist_init_required=False, but torch.distributed is not initialized; initialize it first")
+        raise RuntimeError(
+            "dist_init_required=False, but torch.distributed is not initialized; initialize it first"
+        )
     if auto_mpi_discovery and "RANK" not in os.environ:
         _from_other_launchers()
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -154,7 +156,11 @@ def all_gather_coalesced(
 
 
 def all_reduce_coalesced(
-    tensors: Sequence[torch.Tensor], op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False, **_: Any
+    tensors: Sequence[torch.Tensor],
+    op: Any = ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+    **_: Any,
 ) -> Any:
     """`all_reduce` of several tensors; a handle with `wait()` for all when `async_op`."""
     works = [dist.all_reduce(tensor, op=op, group=group, async_op=async_op) for tensor in tensors]
@@ -238,4 +244,6 @@ def initialize_mesh_device(mesh_shape: Sequence[int], mesh_dim_names: Sequence[s
 def configure(deepspeed_config: Any = None, enabled: bool | None = None, **options: Any) -> None:
     """Accepted; DeepSpeed's communication log is not kept here."""
     if enabled:
-        log.warning("unishard: comm.configure(enabled=True): there is no communication log; use torch.profiler")
+        log.warning(
+            "unishard: comm.configure(enabled=True): there is no communication log; use torch.profiler"
+        )

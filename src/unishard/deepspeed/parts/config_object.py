@@ -15,14 +15,13 @@ from unishard.deepspeed.parts.config_models import (
     DeepSpeedFlopsProfilerConfig,
     DeepSpeedFP16Config,
     DeepSpeedMonitorConfig,
-    DeepSpeedZeroConfig,
     get_aio_config,
     get_bfloat16_config,
     get_float16_config,
     get_monitor_config,
-    get_zero_config,
 )
 from unishard.deepspeed.parts.configuration import DeepSpeedConfigError, raw_config, with_defaults
+from unishard.deepspeed.parts.zero_config import DeepSpeedZeroConfig, get_zero_config
 from unishard.errors import ConfigError
 
 

@@ -62,7 +62,9 @@ class DeepSpeedEngine(DataIO, Engine):
         """As DeepSpeed: `loss.backward()` without the engine divides by the accumulation steps too."""
         from torch.utils import _pytree as pytree
 
-        leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+        leaves = [
+            t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.grad_fn is not None
+        ]
         # A loss among the outputs depends on the others: divided there, they must not be divided again.
         losses = [t for t in leaves if t.numel() == 1]
         for tensor in losses or leaves:
@@ -91,7 +93,9 @@ class DeepSpeedEngine(DataIO, Engine):
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         if not self._syncs:
-            raise EngineMisuseError("step() inside no_sync(): gradients have not met; leave the context first")
+            raise EngineMisuseError(
+                "step() inside no_sync(): gradients have not met; leave the context first"
+            )
         super().step(lr_kwargs)
 
     @contextmanager
@@ -129,7 +133,9 @@ class DeepSpeedEngine(DataIO, Engine):
         destination.update(named)
         return destination
 
-    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+    def _consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Any] | None:
         """Whole weights in the compute dtype, in CPU memory of the first rank; `None` on others."""
         from unishard.engine.checkpointing import gather_16bit
 
@@ -211,7 +217,9 @@ class DeepSpeedEngine(DataIO, Engine):
             raise ValueError(
                 f"set_train_batch_size({train_batch_size}): not a multiple of micro-batch x ranks = {per_micro}"
             )
-        self._set_batch(train_batch_size=train_batch_size, gradient_accumulation_steps=train_batch_size // per_micro)
+        self._set_batch(
+            train_batch_size=train_batch_size, gradient_accumulation_steps=train_batch_size // per_micro
+        )
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the micro-batch, and with it the batch; a loader that was built already keeps its own."""
@@ -248,7 +256,11 @@ class DeepSpeedEngine(DataIO, Engine):
         return None if self.optimizer is None else self.optimizer.inner
 
     def get_type(self) -> list[Any]:
-        return [] if self.optimizer is None else [group.get("type", 0.0) for group in self.optimizer.param_groups]
+        return (
+            []
+            if self.optimizer is None
+            else [group.get("type", 0.0) for group in self.optimizer.param_groups]
+        )
 
     def loss_scale_value(self) -> float:
         """The loss scale of the next backward."""
@@ -277,7 +289,9 @@ class DeepSpeedEngine(DataIO, Engine):
     ) -> None:
         """Compile the module in place; sharding stays outside compiled regions."""
         if schedule is not None:
-            raise UnsupportedError("engine.compile(schedule=...): DeepCompile's passes are not available; leave it out")
+            raise UnsupportedError(
+                "engine.compile(schedule=...): DeepCompile's passes are not available; leave it out"
+            )
         if self.is_compiled:
             return
         self.module.compile(backend=backend, **(compile_kwargs or {}))

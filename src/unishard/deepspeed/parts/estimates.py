@@ -113,14 +113,18 @@ def estimate_zero3_model_states_mem_needs_all_cold(
                 total_params, largest_layer_params, num_gpus_per_node, num_nodes, optimizer, params, init,
                 additional_buffer_factor,
             )  # fmt: skip
-            names = [f"offload_param={'cpu' if params else 'none'}", f"offload_optimizer={'cpu' if optimizer else 'none'}"]
+            names = [
+                f"offload_param={'cpu' if params else 'none'}",
+                f"offload_optimizer={'cpu' if optimizer else 'none'}",
+            ]
             _row(host, device, ", ".join([*names, f"zero_init={int(init)}"]))
 
 
 def _head(total_params: int, gpus: int, nodes: int) -> None:
     print(
         f"Estimated memory needed for params, optim states and gradients for a:\nHW: Setup with {nodes} node, "
-        f"{gpus} GPUs per node.\nSW: Model with {total_params / 1e6:.0f}M total params.\n  per CPU  |  per GPU |   Options"
+        f"{gpus} GPUs per node.\nSW: Model with {total_params / 1e6:.0f}M total params.\n"
+        "  per CPU  |  per GPU |   Options"
     )
 
 

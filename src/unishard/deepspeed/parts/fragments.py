@@ -17,7 +17,9 @@ from unishard.optim.sharded import ShardedOptimizer
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.whole_state import ParameterHome, home_of, whole_state, write_state
 
-_optimizers: weakref.WeakKeyDictionary[ShardGroup, weakref.ref[ShardedOptimizer]] = weakref.WeakKeyDictionary()
+_optimizers: weakref.WeakKeyDictionary[ShardGroup, weakref.ref[ShardedOptimizer]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def note_optimizer(optimizer: ShardedOptimizer) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -87,7 +87,9 @@ def top1gating(
     loss = (gates.mean(0) * mask.mean(0)).sum() * experts
     room = _capacity(tokens, experts, capacity_factor, min_capacity) if drop_tokens else int(counts.max())
     room = min(room, tokens)
-    order = mask * torch.rand_like(mask) if use_rts else mask * torch.arange(tokens, 0, -1).unsqueeze(1).to(mask)
+    order = (
+        mask * torch.rand_like(mask) if use_rts else mask * torch.arange(tokens, 0, -1).unsqueeze(1).to(mask)
+    )
     kept = torch.topk(order, room, dim=0).indices
     mask = mask * torch.zeros_like(mask).scatter_(0, kept, 1.0)
     place = (torch.cumsum(mask, 0) - 1) * mask

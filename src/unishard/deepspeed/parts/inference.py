@@ -55,7 +55,9 @@ def init_inference(model: nn.Module, config: Any = None, **kwargs: Any) -> Infer
     return InferenceEngine(model, {**(raw_config(config) if config is not None else {}), **kwargs})
 
 
-def tp_model_init(model: nn.Module, tp_size: int, dtype: torch.dtype, config: Any = None, **kwargs: Any) -> nn.Module:
+def tp_model_init(
+    model: nn.Module, tp_size: int, dtype: torch.dtype, config: Any = None, **kwargs: Any
+) -> nn.Module:
     """`model` in `dtype`; only `tp_size=1`."""
     if tp_size > 1:
         raise UnsupportedError(

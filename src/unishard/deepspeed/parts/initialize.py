@@ -110,7 +110,9 @@ def _mesh(mpu: Any, mesh_param: Any) -> Any:
         )
     if mpu is None:
         return None
-    sizes = [getattr(mpu, name, None) for name in ("get_model_parallel_world_size", "get_pipe_parallel_world_size")]
+    sizes = [
+        getattr(mpu, name, None) for name in ("get_model_parallel_world_size", "get_pipe_parallel_world_size")
+    ]
     if any(size is not None and size() > 1 for size in sizes):
         raise UnsupportedError(
             "mpu: model parallelism outside the engine is not available; apply torch.distributed.tensor.parallel and "
@@ -118,7 +120,9 @@ def _mesh(mpu: Any, mesh_param: Any) -> Any:
         )
     from torch.distributed.device_mesh import DeviceMesh
 
-    return DeviceMesh.from_group(mpu.get_data_parallel_group(), "cuda" if torch.cuda.is_available() else "cpu")
+    return DeviceMesh.from_group(
+        mpu.get_data_parallel_group(), "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -129,7 +133,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     'ds.json'
     """
     group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
-    group.add_argument("--deepspeed", default=False, action="store_true", help="use the engine (for user code)")
+    group.add_argument(
+        "--deepspeed", default=False, action="store_true", help="use the engine (for user code)"
+    )
     group.add_argument("--deepspeed_config", default=None, type=str, help="path of the ds_config JSON file")
     group.add_argument("--deepscale", default=False, action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--deepscale_config", default=None, type=str, help=argparse.SUPPRESS)

@@ -22,12 +22,14 @@ LEVELS = {
 class _Logger(logging.Logger):
     """The logger named DeepSpeed, with DeepSpeed's two additions."""
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - one logger, for the whole process
+    @functools.cache  # noqa: B019 - one logger, for the whole process
     def warning_once(self, *args: Any, **options: Any) -> None:
         """Warn, once for each message."""
         self.warning(*args, **options)
 
-    def log_dist_once(self, message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO) -> None:
+    def log_dist_once(
+        self, message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO
+    ) -> None:
         """As the function of that name."""
         log_dist_once(message, ranks, level)
 

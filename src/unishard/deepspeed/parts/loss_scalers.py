@@ -84,8 +84,11 @@ class DynamicLossScaler(LossScalerBase):
         self.cur_scale = self._state.scale
 
 
-def CreateLossScaler(  # noqa: N802 - DeepSpeed's name
-    dtype: torch.dtype, static_loss_scale: float, dynamic_scaling: bool, dynamic_loss_args: dict[str, Any] | None
+def CreateLossScaler(
+    dtype: torch.dtype,
+    static_loss_scale: float,
+    dynamic_scaling: bool,
+    dynamic_loss_args: dict[str, Any] | None,
 ) -> LossScalerBase:
     """A dynamic scaler for fp16 if asked for, else a static one (1 for other dtypes)."""
     if dtype == torch.half and dynamic_scaling:

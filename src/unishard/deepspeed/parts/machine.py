@@ -102,7 +102,11 @@ def get_numactl_cmd(
     """(cores for each process, words to start it with) so that each process of a machine has cores of its own."""
     import psutil
 
-    cores = parse_range_list(bind_core_list) if bind_core_list else list(range(psutil.cpu_count(logical=False) or 1))
+    cores = (
+        parse_range_list(bind_core_list)
+        if bind_core_list
+        else list(range(psutil.cpu_count(logical=False) or 1))
+    )
     each = max(len(cores) // num_local_procs, 1)
     own = cores[each * local_rank : each * (local_rank + 1)]
     return each, ["numactl", "-C", ",".join(map(str, own))]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 
-class DeprecatedException(Exception):  # noqa: N818 - DeepSpeed's name
+class DeprecatedException(Exception):
     """Something that DeepSpeed took away."""
 
 
@@ -94,7 +94,9 @@ def _asked(mpu: Any, default: Any, *names: str) -> Any:
 
 def bwc_tensor_model_parallel_rank(mpu: Any = None) -> int:
     """The tensor-parallel rank by whichever name `mpu` has for it; 0 without one."""
-    return _asked(mpu, 0, "get_tensor_model_parallel_rank", "get_slice_parallel_rank", "get_model_parallel_rank")
+    return _asked(
+        mpu, 0, "get_tensor_model_parallel_rank", "get_slice_parallel_rank", "get_model_parallel_rank"
+    )
 
 
 def bwc_tensor_model_parallel_world_size(mpu: Any = None) -> int:
@@ -110,7 +112,9 @@ def bwc_tensor_model_parallel_world_size(mpu: Any = None) -> int:
 
 def bwc_tensor_model_parallel_group(mpu: Any = None) -> Any:
     """The tensor-parallel group by whichever name `mpu` has for it; `None` without one."""
-    return _asked(mpu, None, "get_tensor_model_parallel_group", "get_slice_parallel_group", "get_model_parallel_group")
+    return _asked(
+        mpu, None, "get_tensor_model_parallel_group", "get_slice_parallel_group", "get_model_parallel_group"
+    )
 
 
 def bwc_pipeline_parallel_world_size(mpu: Any = None) -> int:

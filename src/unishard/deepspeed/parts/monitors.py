@@ -1,4 +1,4 @@
-"""`monitor.*`: events (name, value, samples) written to TensorBoard, CSV files, Weights & Biases or Comet, by rank 0."""
+"""`monitor.*`: events (name, value, samples) that rank 0 writes to TensorBoard, CSV files, W&B or Comet."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _folder(config: Any, fallback: str) -> Path:
     return base / config.job_name
 
 
-class csvMonitor(Monitor):  # noqa: N801 - DeepSpeed's name
+class csvMonitor(Monitor):
     """One file an event name, with columns step and value, under `output_path`/`job_name`."""
 
     def __init__(self, csv_config: Any) -> None:
@@ -79,7 +79,11 @@ class TensorBoardMonitor(Monitor):
         if self.summary_writer is None and self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = Path(base) / self.monitor_config.job_name if base else _folder(self.monitor_config, "tensorboard")
+            folder = (
+                Path(base) / self.monitor_config.job_name
+                if base
+                else _folder(self.monitor_config, "tensorboard")
+            )
             self.summary_writer = SummaryWriter(log_dir=str(folder))
         return self.summary_writer
 
@@ -108,7 +112,13 @@ class WandbMonitor(Monitor):
 
             wandb.init(project=self.project, group=self.group, entity=self.team)
 
-    def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None, sync: bool | None = None) -> Any:
+    def log(
+        self,
+        data: dict[str, Any],
+        step: int | None = None,
+        commit: bool | None = None,
+        sync: bool | None = None,
+    ) -> Any:
         """Pass to `wandb.log`."""
         if not self.enabled:
             return None

@@ -166,7 +166,9 @@ def get_grad_norm(parameters: Tensors, norm_type: float = 2, mpu: Any = None) ->
     return norm if math.isfinite(norm) else -1
 
 
-def get_flattened_grad_norm(parameters: Tensors, norm_type: float = 2, mpu: Any = None, grad_norm_mask: Any = None) -> float:
+def get_flattened_grad_norm(
+    parameters: Tensors, norm_type: float = 2, mpu: Any = None, grad_norm_mask: Any = None
+) -> float:
     """As `get_grad_norm`."""
     return get_grad_norm(parameters, norm_type, mpu)
 
@@ -269,7 +271,9 @@ def memory_status(msg: str, print_rank: int = -1, reset_max: bool = False) -> No
     """Print one line about the memory of `print_rank`, or of every rank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if print_rank in (-1, rank):
-        print(f"RANK={rank} MEMSTATS {msg} current alloc={get_accelerator().memory_allocated() / 2**30:.4f}GB")
+        print(
+            f"RANK={rank} MEMSTATS {msg} current alloc={get_accelerator().memory_allocated() / 2**30:.4f}GB"
+        )
 
 
 def empty_cache() -> None:
@@ -368,11 +372,9 @@ def noop_decorator(func: Any) -> Any:
     return func
 
 
-class noop_context:  # noqa: N801 - DeepSpeed's name
+class noop_context:
     """A context that does nothing."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *failure: Any) -> None: ...
-
-

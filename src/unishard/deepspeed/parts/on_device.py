@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.linspace)
+_MAKERS = (
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.rand,
+    torch.randn,
+    torch.eye,
+    torch.linspace,
+)
 
 
 class _Dtype(TorchFunctionMode):

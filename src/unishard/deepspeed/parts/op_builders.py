@@ -23,7 +23,9 @@ class OpBuilder:
     def load(self, verbose: bool = False) -> Any:
         """The module with the operation's functions: unishard's kernels, which are called through optimizers."""
         if not self.is_compatible():
-            raise UnsupportedError(f"{type(self).__name__}.load(): this operation is not available in unishard")
+            raise UnsupportedError(
+                f"{type(self).__name__}.load(): this operation is not available in unishard"
+            )
         import unishard.kernels
 
         return unishard.kernels
@@ -39,8 +41,7 @@ def _name(builder: str) -> str:
 
 
 BUILDERS: dict[str, type[OpBuilder]] = {
-    name: type(name, (OpBuilder,), {"NAME": _name(name), "__module__": __name__})
-    for name in BUILDER_NAMES
+    name: type(name, (OpBuilder,), {"NAME": _name(name), "__module__": __name__}) for name in BUILDER_NAMES
 }
 ALL_OPS = {builder.NAME: builder() for builder in BUILDERS.values()}
 

@@ -78,7 +78,13 @@ class DeepSpeedCPUAdam(_Adam):
         fp32_optimizer_states: bool = True,
     ) -> None:
         _need_fp32(self, fp32_optimizer_states)
-        options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        options = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+        }
         self._setup(model_params, adamw_mode, {**options, "bias_correction": bias_correction})
         self.adam_w_mode, self.fp32_optimizer_states = adamw_mode, fp32_optimizer_states
 
@@ -127,14 +133,16 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
     ) -> None:
         _need_fp32(self, fp32_optimizer_states)
         if amsgrad:
-            raise UnsupportedError("DeepSpeedCPUAdagrad(amsgrad=True): there is no such variant; leave it out")
+            raise UnsupportedError(
+                "DeepSpeedCPUAdagrad(amsgrad=True): there is no such variant; leave it out"
+            )
         super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
 def _need_fp32(optimizer: Any, fp32_optimizer_states: bool) -> None:
     if not fp32_optimizer_states:
         raise UnsupportedError(
-            f"{type(optimizer).__name__}(fp32_optimizer_states=False): states have the master weights' dtype; leave it out"
+            f"{type(optimizer).__name__}(fp32_optimizer_states=False): states have the masters' dtype; leave it out"
         )
 
 

@@ -40,7 +40,9 @@ _next_id = itertools.count()
 class _Sharded:
     """A parameter that rests as shards: by itself after `zero.Init`, or in a group after `initialize`."""
 
-    def __init__(self, param: torch.Tensor, single: SingleShard | None, group: ShardGroup | None, index: int) -> None:
+    def __init__(
+        self, param: torch.Tensor, single: SingleShard | None, group: ShardGroup | None, index: int
+    ) -> None:
         self.param = param
         self.single, self.group, self.index = single, group, index
 
@@ -124,12 +126,14 @@ _ATTRIBUTES: dict[str, Callable[[_Sharded], Any]] = {
     "ds_persist": lambda s: False,
     "ds_process_group": lambda s: s.process_group,
     "ds_active_sub_modules": lambda s: set(),
-    "ds_summary": lambda s: lambda **_: {
-        "id": _serial(s.param),
-        "status": s.status.name,
-        "numel": prod(s.shape),
-        "ds_shape": tuple(s.shape),
-    },
+    "ds_summary": lambda s: (
+        lambda **_: {
+            "id": _serial(s.param),
+            "status": s.status.name,
+            "numel": prod(s.shape),
+            "ds_shape": tuple(s.shape),
+        }
+    ),
     "all_gather": _gathering,
     "partition": _releasing,
     "partition_numel": lambda s: lambda: -(-prod(s.shape) // _ranks(s)),
@@ -137,7 +141,13 @@ _ATTRIBUTES: dict[str, Callable[[_Sharded], Any]] = {
 
 
 def _ranks(sharding: _Sharded) -> int:
-    axes = sharding.group.axes if sharding.group is not None else sharding.single.axes if sharding.single else None
+    axes = (
+        sharding.group.axes
+        if sharding.group is not None
+        else sharding.single.axes
+        if sharding.single
+        else None
+    )
     return 1 if axes is None else axes.shard.size
 
 
@@ -153,7 +163,9 @@ class _ZeroAttribute:
     def __get__(self, param: Any, owner: Any = None) -> Any:
         found = None if param is None else sharded(param)
         if found is None:
-            raise AttributeError(f"{getattr(owner, '__name__', owner)!r} object has no attribute {self._name!r}")
+            raise AttributeError(
+                f"{getattr(owner, '__name__', owner)!r} object has no attribute {self._name!r}"
+            )
         return self._read(found)
 
 

@@ -21,7 +21,7 @@ _orig_torch_zeros = torch.zeros
 _orig_torch_arange = torch.arange
 
 
-class ZeRORuntimeException(ShardingError):  # noqa: N818 - DeepSpeed's name
+class ZeRORuntimeException(ShardingError):
     """What ZeRO cannot do with a model or an optimizer."""
 
 

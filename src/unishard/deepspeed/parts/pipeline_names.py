@@ -47,7 +47,9 @@ class TiedLayerSpec(LayerSpec):
     ) -> None:
         super().__init__(typename, *module_args, **module_kwargs)
         self.key, self.forward_fn = key, forward_fn
-        self.tied_weight_attr = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+        self.tied_weight_attr = (
+            [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+        )
 
 
 class ProcessTopology:
@@ -59,14 +61,16 @@ class ProcessTopology:
 
     def __init__(self, axes: Sequence[str], dims: Sequence[int]) -> None:
         self.axes, self.dims = list(axes), list(dims)
-        self.ProcessCoord = namedtuple("ProcessCoord", axes)  # noqa: PYI024 - made at run time
+        self.ProcessCoord = namedtuple("ProcessCoord", axes)
         points = product(*(range(dim) for dim in dims))
         self.mapping = {self.ProcessCoord(*point): rank for rank, point in enumerate(points)}
 
     def get_rank(self, **coord_kwargs: int) -> int:
         """The rank at a point, all axes given."""
         if set(coord_kwargs) != set(self.axes):
-            raise ValueError(f"get_rank needs a coordinate for each of {self.axes}; use filter_match for slices")
+            raise ValueError(
+                f"get_rank needs a coordinate for each of {self.axes}; use filter_match for slices"
+            )
         return self.mapping[self.ProcessCoord(**coord_kwargs)]
 
     def get_axis_names(self) -> list[str]:
@@ -84,7 +88,11 @@ class ProcessTopology:
         raise ValueError(f"rank {rank} not found in topology")
 
     def get_rank_repr(
-        self, rank: int, omit_axes: Sequence[str] = ("data", "pipe"), inner_sep: str = "_", outer_sep: str = "-"
+        self,
+        rank: int,
+        omit_axes: Sequence[str] = ("data", "pipe"),
+        inner_sep: str = "_",
+        outer_sep: str = "-",
     ) -> str:
         """The coordinates of a rank as a word."""
         coord = self.get_coord(rank)

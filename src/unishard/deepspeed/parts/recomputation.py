@@ -54,7 +54,8 @@ def configure(
         section = raw_config(deepspeed_config).get("activation_checkpointing", {})
     asked = {
         "partition_activations": section.get("partition_activations", False) or partition_activations,
-        "contiguous_checkpointing": section.get("contiguous_memory_optimization", False) or contiguous_checkpointing,
+        "contiguous_checkpointing": section.get("contiguous_memory_optimization", False)
+        or contiguous_checkpointing,
         "checkpoint_in_cpu": section.get("cpu_checkpointing", False) or checkpoint_in_cpu,
     }
     wanted = [name for name, value in asked.items() if value]

@@ -43,7 +43,13 @@ _OF_SCHEDULE = {
     "OneCycle": ("cycle_", "decay_"),
     "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"),
     "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps"),
-    "WarmupCosineLR": ("warmup_min_ratio", "warmup_num_steps", "warmup_type", "cos_min_ratio", "total_num_steps"),
+    "WarmupCosineLR": (
+        "warmup_min_ratio",
+        "warmup_num_steps",
+        "warmup_type",
+        "cos_min_ratio",
+        "total_num_steps",
+    ),
 }
 
 
@@ -55,7 +61,9 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     0.1
     """
     group = parser.add_argument_group("Convergence Tuning", "Convergence tuning configurations")
-    group.add_argument("--lr_schedule", type=str, default=None, help="one of " + ", ".join(VALID_LR_SCHEDULES))
+    group.add_argument(
+        "--lr_schedule", type=str, default=None, help="one of " + ", ".join(VALID_LR_SCHEDULES)
+    )
     for name, default in _FLOATS.items():
         group.add_argument(f"--{name}", type=float, default=default)
     for name, default in _INTS.items():
@@ -87,7 +95,7 @@ def override_1cycle_params(args: Any, params: dict[str, Any]) -> None:
     _override("OneCycle", args, params)
 
 
-def override_warmupLR_params(args: Any, params: dict[str, Any]) -> None:  # noqa: N802 - DeepSpeed's name
+def override_warmupLR_params(args: Any, params: dict[str, Any]) -> None:
     """Put what `args` has of WarmupLR's options into `params`."""
     _override("WarmupLR", args, params)
 
@@ -117,7 +125,9 @@ def get_lr_from_config(config: dict[str, Any]) -> tuple[float | None, str]:
             return None, f"LR schedule {key} not defined in config"
     if config["type"] not in VALID_LR_SCHEDULES:
         return None, f"{config['type']} is not a valid LR schedule"
-    key = {"LRRangeTest": "lr_range_test_min_lr", "OneCycle": "cycle_max_lr"}.get(config["type"], "warmup_max_lr")
+    key = {"LRRangeTest": "lr_range_test_min_lr", "OneCycle": "cycle_max_lr"}.get(
+        config["type"], "warmup_max_lr"
+    )
     return config["params"][key], ""
 
 

@@ -85,7 +85,11 @@ class SynchronizedWallClockTimer:
         ranks: Iterable[int] | None = None,
     ) -> None:
         """Log the milliseconds of the timers called `names`, divided by `normalizer`."""
-        parts = [f"{name}: {self.timers[name].elapsed(reset) / normalizer:.2f}" for name in names if name in self.timers]
+        parts = [
+            f"{name}: {self.timers[name].elapsed(reset) / normalizer:.2f}"
+            for name in names
+            if name in self.timers
+        ]
         log_dist("time (ms) | " + " | ".join(parts), ranks=list(ranks or [0]))
 
     def get_mean(self, names: Iterable[str], normalizer: float = 1.0, reset: bool = True) -> dict[str, float]:
@@ -134,10 +138,19 @@ class ThroughputTimer:
     """Samples a second over the steps between `start` and `stop`."""
 
     def __init__(
-        self, config: object = None, batch_size: int = 1, start_step: int = 2, steps_per_output: int | None = None,
-        monitor_memory: bool = False, logging_fn: object = None,
+        self,
+        config: object = None,
+        batch_size: int = 1,
+        start_step: int = 2,
+        steps_per_output: int | None = None,
+        monitor_memory: bool = False,
+        logging_fn: object = None,
     ) -> None:
-        self.batch_size, self.start_step, self.steps_per_output = max(batch_size, 1), start_step, steps_per_output
+        self.batch_size, self.start_step, self.steps_per_output = (
+            max(batch_size, 1),
+            start_step,
+            steps_per_output,
+        )
         self.global_step_count = 0
         self.total_elapsed_time = 0.0
         self._started: float | None = None

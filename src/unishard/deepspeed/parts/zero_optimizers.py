@@ -86,7 +86,8 @@ class ZeROOptimizer(DeepSpeedOptimizer):
     def params_in_partition(self) -> list[list[nn.Parameter]]:
         """For each parameter group, the parameters of which this rank holds a part."""
         return [
-            [p.group.registrations[p.index].visible for p in pieces if p.param.numel()] for pieces in self.members
+            [p.group.registrations[p.index].visible for p in pieces if p.param.numel()]
+            for pieces in self.members
         ]
 
 

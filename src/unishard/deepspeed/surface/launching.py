@@ -5,7 +5,15 @@ from __future__ import annotations
 from unishard.deepspeed.entries import Names, absent, constants, part
 from unishard.deepspeed.surface.reasons import LAUNCHER, TUNING
 
-_RUNNERS = ("IMPIRunner", "MPICHRunner", "MVAPICHRunner", "MultiNodeRunner", "OpenMPIRunner", "PDSHRunner", "SlurmRunner")
+_RUNNERS = (
+    "IMPIRunner",
+    "MPICHRunner",
+    "MVAPICHRunner",
+    "MultiNodeRunner",
+    "OpenMPIRunner",
+    "PDSHRunner",
+    "SlurmRunner",
+)
 
 LAUNCHING: dict[str, Names] = {
     "launcher": {},

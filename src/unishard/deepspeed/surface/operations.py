@@ -12,7 +12,10 @@ _BUILDERS = part("op_builders", "OpBuilder", *BUILDER_NAMES)
 
 OPERATIONS: dict[str, Names] = {
     "ops": {**part("names", "__compatible_ops__")},
-    "ops.adam": {**_ADAM, **absent(OFFLOAD, "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW", "ZenFlowSelectiveAdamW_stage3")},
+    "ops.adam": {
+        **_ADAM,
+        **absent(OFFLOAD, "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW", "ZenFlowSelectiveAdamW_stage3"),
+    },
     "ops.adam.cpu_adam": {**part("optimizers", "DeepSpeedCPUAdam")},
     "ops.adam.fused_adam": {**part("optimizers", "FusedAdam")},
     "ops.lion": _LION,
@@ -27,7 +30,9 @@ OPERATIONS: dict[str, Names] = {
     "ops.op_builder.builder": {**part("op_builders", "OpBuilder")},
     "ops.op_builder.all_ops": {**part("op_builders", "ALL_OPS")},
     "ops.transformer": {
-        **absent(INFERENCE, "DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig", "DeepSpeedInferenceConfig")
+        **absent(
+            INFERENCE, "DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig", "DeepSpeedInferenceConfig"
+        )
     },
     "ops.fp_quantizer": {**absent(INFERENCE, "FP_Quantize")},
     "runtime.fp16.onebit": {**absent(COMPRESSED, "OnebitAdam", "OnebitLamb", "ZeroOneAdam")},

@@ -18,7 +18,9 @@ _SCHEDULE = (
     "OptimizerStep", "PipeInstruction", "PipeSchedule", "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads",
     "SendActivation", "SendGrad", "TrainSchedule",
 )  # fmt: skip
-_GATING = part("gating", "top1gating", "top2gating", "topkgating", note="for one rank; routes are dense tensors")
+_GATING = part(
+    "gating", "top1gating", "top2gating", "topkgating", note="for one rank; routes are dense tensors"
+)
 
 PARALLELISM: dict[str, Names] = {
     "pipe": _PIPE,

@@ -9,7 +9,7 @@ TENSOR = (
     "shard with unishard.fully_shard"
 )
 SEQUENCE = "sequence parallelism is not part of this version; lower the micro-batch, or recompute activations"
-INFERENCE = "inference kernels are not part of unishard; run the model in eval mode, or serve it with an inference engine"
+INFERENCE = "inference kernels are not part of unishard; run the model in eval mode, or serve it elsewhere"
 LAUNCHER = "the multi-node launcher is not part of this version; use torchrun, or `unishard run` on one node"
 TUNING = "the autotuner is not part of this version; try micro-batch sizes and stages by hand"
 FLOPS = "the FLOPs profiler is not part of this version; use torch.utils.flop_counter.FlopCounterMode"

@@ -25,7 +25,9 @@ ROOT: dict[str, Names] = {
         "zero": module("runtime.zero"),
         "checkpointing": module("runtime.activation_checkpointing.checkpointing"),
         **absent(PIPELINE, "PipelineModule", "PipelineEngine", "DualPipeVEngine", "DualPipeVModule"),
-        **absent(INFERENCE, "DeepSpeedInferenceConfig", "DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig"),
+        **absent(
+            INFERENCE, "DeepSpeedInferenceConfig", "DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig"
+        ),
         **absent(INFERENCE, "DeepSpeedHybridEngine", "replace_transformer_layer"),
         **absent(TENSOR, "set_autotp_mode"),
     },
@@ -49,19 +51,25 @@ ROOT: dict[str, Names] = {
     "inference": {},
     "inference.engine": {**part("inference", "InferenceEngine")},
     "inference.config": {**absent(INFERENCE, "DeepSpeedInferenceConfig", "DeepSpeedTPConfig", "DtypeEnum")},
-    "module_inject": {**absent(TENSOR, "replace_transformer_layer", "LinearAllreduce", "LinearLayer", "set_autotp_mode")},
+    "module_inject": {
+        **absent(TENSOR, "replace_transformer_layer", "LinearAllreduce", "LinearLayer", "set_autotp_mode")
+    },
     "module_inject.layers": {**absent(TENSOR, "LinearAllreduce", "LinearLayer", "GatherReplacedLayerParams")},
     "module_inject.auto_tp": {**absent(TENSOR, "AutoTP")},
     "compression": {},
     "compression.helper": {**absent("DeepSpeed removed most of it; use torch.ao", "recursive_getattr")},
-    "linear": {**absent("use peft for LoRA", "OptimizedLinear", "LoRAConfig", "QuantizationConfig", "init_lora")},
+    "linear": {
+        **absent("use peft for LoRA", "OptimizedLinear", "LoRAConfig", "QuantizationConfig", "init_lora")
+    },
     "runtime.hybrid_engine": {**absent(INFERENCE, "DeepSpeedHybridEngine")},
     "runtime.data_pipeline.curriculum_scheduler": {**absent(DATA, "CurriculumScheduler")},
     "runtime.data_pipeline.data_sampling.data_sampler": {**absent(DATA, "DeepSpeedDataSampler")},
     "runtime.data_pipeline.data_sampling.indexed_dataset": {
         **absent(DATA, "MMapIndexedDataset", "MMapIndexedDatasetBuilder", "make_builder", "make_dataset")
     },
-    "runtime.data_pipeline.data_sampling.data_analyzer": {**absent(DATA, "DataAnalyzer", "DistributedDataAnalyzer")},
+    "runtime.data_pipeline.data_sampling.data_analyzer": {
+        **absent(DATA, "DataAnalyzer", "DistributedDataAnalyzer")
+    },
     "runtime.data_pipeline.data_routing.basic_layer": {**absent(DATA, "RandomLayerTokenDrop")},
     "runtime.data_pipeline.data_routing.helper": {
         **absent(DATA, "convert_to_random_ltd", "save_without_random_ltd", "remove_random_ltd_state_dict")

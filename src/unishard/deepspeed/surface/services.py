@@ -12,8 +12,8 @@ _COMM = part(
     "broadcast_object_list", "destroy_process_group", "gather", "get_all_ranks_from_group", "get_global_rank",
     "get_local_rank", "get_rank", "get_world_group", "get_world_size", "has_all_gather_into_tensor",
     "has_all_reduce_coalesced", "has_coalescing_manager", "has_reduce_scatter_tensor", "inference_all_reduce",
-    "init_distributed", "initialize_mesh_device", "irecv", "is_available", "is_initialized", "isend", "batch_isend_irecv",
-    "P2POp", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn",
+    "init_distributed", "initialize_mesh_device", "irecv", "is_available", "is_initialized", "isend",
+    "batch_isend_irecv", "P2POp", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn",
     "reduce_scatter_tensor", "scatter", "send",
 )  # fmt: skip
 _LOG = part("collectives", "configure", note="there is no communication log; profile with torch.profiler")
@@ -66,10 +66,16 @@ _LOGS = part(
     "LoggerFactory", "get_current_level", "get_log_level_from_string", "log_dist", "log_dist_once", "logger",
     "print_dist", "set_log_level_from_string", "should_log_le", "warning_once",
 )  # fmt: skip
-_NUMA = part("machine", "check_for_numactl_pkg", "get_numa_cores", "get_numactl_cmd", "parse_range", "parse_range_list")
+_NUMA = part(
+    "machine", "check_for_numactl_pkg", "get_numa_cores", "get_numactl_cmd", "parse_range", "parse_range_list"
+)
 _LINKAGE = absent(INTERNAL, "link_hp_params", "lazy_init_hp_params_optimizer_state")
 _ACCELERATOR = part(
-    "accelerator", "DeepSpeedAccelerator", "get_accelerator", "is_current_accelerator_supported", "set_accelerator"
+    "accelerator",
+    "DeepSpeedAccelerator",
+    "get_accelerator",
+    "is_current_accelerator_supported",
+    "set_accelerator",
 )
 _CHECKS = part("monitors", "check_tb_availability", "check_wandb_availability", "check_comet_availability")
 
@@ -79,7 +85,13 @@ SERVICES: dict[str, Names] = {
     "comm.torch": {**absent(INTERNAL, "TorchBackend")},
     "comm.reduce_op": {**part("collectives", "ReduceOp")},
     "comm.constants": {
-        **constants(NCCL_BACKEND="nccl", GLOO_BACKEND="gloo", MPI_BACKEND="mpi", CCL_BACKEND="ccl", HCCL_BACKEND="hccl"),
+        **constants(
+            NCCL_BACKEND="nccl",
+            GLOO_BACKEND="gloo",
+            MPI_BACKEND="mpi",
+            CCL_BACKEND="ccl",
+            HCCL_BACKEND="hccl",
+        ),
         **spelled("COMMS_LOGGER"),
     },
     "comm.config": {**part("config_models", "CommsLoggerConfig")},
@@ -87,14 +99,20 @@ SERVICES: dict[str, Names] = {
     "accelerator.real_accelerator": {
         **part(
             "accelerator",
-            "get_accelerator", "is_current_accelerator_supported", "set_accelerator", "SUPPORTED_ACCELERATOR_LIST",
+            "get_accelerator",
+            "is_current_accelerator_supported",
+            "set_accelerator",
+            "SUPPORTED_ACCELERATOR_LIST",
         )
-    },  # fmt: skip
+    },
     "accelerator.abstract_accelerator": {**part("accelerator", "DeepSpeedAccelerator")},
     "accelerator.cpu_accelerator": {**part("accelerator", "CPU_Accelerator")},
     "accelerator.cuda_accelerator": {**part("accelerator", "CUDA_Accelerator")},
     "utils": {
-        **_FRAGMENTS, **_FRAGMENT_INTERNALS, **_LEAVES, **_LINKAGE,
+        **_FRAGMENTS,
+        **_FRAGMENT_INTERNALS,
+        **_LEAVES,
+        **_LINKAGE,
         **{name: entry for name, entry in _GROUPS.items() if not name.startswith("_")},
         **part("logs", "logger", "log_dist", "log_dist_once", "set_log_level_from_string"),
         **part("logs", "instrument_w_nvtx", "get_caller_func"),
@@ -102,7 +120,7 @@ SERVICES: dict[str, Names] = {
         **part("data", "RepeatingLoader"),
         **part("machine", "get_numactl_cmd"),
         **part("modules", "recursive_getattr", "recursive_setattr"),
-    },  # fmt: skip
+    },
     "utils.groups": {**_GROUPS, **_EXPERT_GROUPS},
     "utils.logging": _LOGS,
     "utils.tensor_fragment": {**_FRAGMENTS, **_FRAGMENT_INTERNALS},
@@ -118,40 +136,63 @@ SERVICES: dict[str, Names] = {
     "utils.debug": {
         **part(
             "modules",
-            "debug_extract_module_and_param_names", "debug_clear_module_and_param_names", "debug_module2name",
-            "debug_param2name", "debug_param2name_id_shape", "debug_param2name_id_shape_status", "print_rank0",
+            "debug_extract_module_and_param_names",
+            "debug_clear_module_and_param_names",
+            "debug_module2name",
+            "debug_param2name",
+            "debug_param2name_id_shape",
+            "debug_param2name_id_shape_status",
+            "print_rank0",
         )
-    },  # fmt: skip
+    },
     "utils.timer": {
         **part("timers", "NoopTimer", "SynchronizedWallClockTimer", "ThroughputTimer", "trim_mean"),
         **spelled("FORWARD_MICRO_TIMER", "BACKWARD_MICRO_TIMER", "STEP_MICRO_TIMER"),
         **spelled("FORWARD_GLOBAL_TIMER", "BACKWARD_GLOBAL_TIMER", "STEP_GLOBAL_TIMER"),
     },
-    "utils.comms_logging": {**absent("profile with torch.profiler", "CommsLogger", "get_caller_func", "calc_bw_log")},
+    "utils.comms_logging": {
+        **absent("profile with torch.profiler", "CommsLogger", "get_caller_func", "calc_bw_log")
+    },
     "utils.zero_to_fp32": {
         **part(
             "consolidation",
-            "convert_zero_checkpoint_to_fp32_state_dict", "get_fp32_state_dict_from_zero_checkpoint",
+            "convert_zero_checkpoint_to_fp32_state_dict",
+            "get_fp32_state_dict_from_zero_checkpoint",
             "load_state_dict_from_zero_checkpoint",
         )
-    },  # fmt: skip
+    },
     "utils.bwc": {
         **part(
             "modules",
-            "bwc_pipeline_parallel_group", "bwc_pipeline_parallel_world_size", "bwc_tensor_model_parallel_group",
-            "bwc_tensor_model_parallel_rank", "bwc_tensor_model_parallel_world_size",
+            "bwc_pipeline_parallel_group",
+            "bwc_pipeline_parallel_world_size",
+            "bwc_tensor_model_parallel_group",
+            "bwc_tensor_model_parallel_rank",
+            "bwc_tensor_model_parallel_world_size",
         )
-    },  # fmt: skip
+    },
     "monitor": {},
     "monitor.config": {
         **part(
             "config_models",
-            "CSVConfig", "CometConfig", "DeepSpeedMonitorConfig", "TensorBoardConfig", "WandbConfig",
+            "CSVConfig",
+            "CometConfig",
+            "DeepSpeedMonitorConfig",
+            "TensorBoardConfig",
+            "WandbConfig",
             "get_monitor_config",
         )
-    },  # fmt: skip
+    },
     "monitor.monitor": {
-        **part("monitors", "Monitor", "MonitorMaster", "TensorBoardMonitor", "csvMonitor", "WandbMonitor", "CometMonitor")
+        **part(
+            "monitors",
+            "Monitor",
+            "MonitorMaster",
+            "TensorBoardMonitor",
+            "csvMonitor",
+            "WandbMonitor",
+            "CometMonitor",
+        )
     },
     "monitor.csv_monitor": {**part("monitors", "csvMonitor")},
     "monitor.tensorboard": {**part("monitors", "TensorBoardMonitor")},
@@ -162,14 +203,23 @@ SERVICES: dict[str, Names] = {
     "profiling.config": {**part("config_models", "DeepSpeedFlopsProfilerConfig")},
     "profiling.flops_profiler": {**absent(FLOPS, "FlopsProfiler", "get_model_profile")},
     "profiling.flops_profiler.profiler": {
-        **absent(FLOPS, "FlopsProfiler", "get_model_profile", "get_module_flops", "get_module_macs", "flops_to_string")
+        **absent(
+            FLOPS,
+            "FlopsProfiler",
+            "get_model_profile",
+            "get_module_flops",
+            "get_module_macs",
+            "flops_to_string",
+        )
     },
     "sequence": {},
     "sequence.layer": {**absent(SEQUENCE, "DistributedAttention", "single_all_to_all")},
     "sequence.cross_entropy": {**absent(SEQUENCE, "vocab_sequence_parallel_cross_entropy")},
     "runtime.sequence_parallel": {},
     "runtime.sequence_parallel.ulysses_sp": {
-        **absent(SEQUENCE, "UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter", "SequenceTiledCompute", "TiledMLP")
+        **absent(
+            SEQUENCE, "UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter", "SequenceTiledCompute", "TiledMLP"
+        )
     },
     "runtime.sequence_parallel.parallel_state_sp": {**absent(SEQUENCE, "initialize_sequence_parallel")},
 }
