@@ -320,11 +320,30 @@ def test_fp32_weights_out_of_a_checkpoint(ranks, tmp_path):
 
 
 def _tags(folder: str) -> None:
-    engine = new_engine()
+    strict = new_engine(checkpoint={"tag_validation": "Fail"})
+    mine = f"tag{strict.global_rank}"
     with pytest.raises(CheckpointError, match="rank 0 'tag0', rank 1 'tag1'"):
-        engine.save_checkpoint(folder, tag=f"tag{engine.global_rank}")
+        strict.save_checkpoint(folder, tag=mine)
+    new_engine(checkpoint={"tag_validation": "Ignore"}).save_checkpoint(folder, tag=mine)
 
 
-def test_ranks_with_different_tags_raise(ranks, tmp_path):
+def test_ranks_agree_on_the_tag_of_a_checkpoint(ranks, tmp_path):
     ranks(_tags, str(tmp_path))
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"tag0"}
+
+
+def _by_hand() -> tuple[float, bool]:
+    engine = new_engine(2, gradient_clipping=0.0)
+    before = weights(engine)
+    for param in engine.module.parameters():
+        param.grad = torch.full_like(param, float(engine.global_rank))
+    engine.step()
+    moved = max((a - b - 0.05).abs().max().item() for a, b in zip(before, weights(engine), strict=True))
+    idle = new_engine(2)
+    with pytest.raises(AssertionError, match="no optimizer"):
+        deepspeed.initialize(model=Net(), config={"train_batch_size": 2})[0].backward(torch.ones(()))
+    return moved, idle.was_step_applied()
+
+
+def test_gradients_put_on_parameters_by_hand_are_averaged_and_stepped(ranks):
+    assert max(moved for moved, _ in ranks(_by_hand)) < 1e-6

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from unishard.config.fields import Refused, Section, Translated, enabled, not_available
+from unishard.config.fields import Honoured, Refused, Section, Translated, enabled, not_available
 
 
 class Aio(Section):
@@ -271,11 +271,7 @@ class Checkpoint(Section):
     """`checkpoint`."""
 
     tag_validation: Annotated[
-        Literal["Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail"],
-        Translated(
-            "ranks that give different tags raise on saving, in any mode",
-            ("WARN", "warn", "FAIL", "fail", "Fail"),
-        ),
+        Literal["Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail"], Honoured()
     ] = "Warn"
     load_universal: Annotated[
         bool, Translated("load_checkpoint finds out by itself what kind of checkpoint it is given")

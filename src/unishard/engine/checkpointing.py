@@ -100,14 +100,24 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def require_same_tag(tag: str) -> None:
-    """Raise `CheckpointError` on every rank unless all ranks save under the same tag: it would be parts of several."""
+class TagError(CheckpointError, AssertionError):
+    """Ranks that save one checkpoint under several tags, which DeepSpeed reports with an assertion."""
+
+
+def common_tag(tag: str, mode: str) -> str:
+    """The tag that all ranks save under: the first rank's.
+
+    Where others differ: `mode` "fail" raises `TagError` on every rank, "warn" warns, "ignore" says nothing.
+    """
     tags = world().all_gather_object(tag)
-    if len(set(tags)) > 1:
+    if len(set(tags)) > 1 and mode != "ignore":
         shown = ", ".join(f"rank {rank} {given!r}" for rank, given in enumerate(tags[:8]))
-        raise CheckpointError(
-            f"save_checkpoint: ranks give different tags ({shown}); leave the tag out, or pass one and the same"
-        )
+        text = f"save_checkpoint: ranks give different tags ({shown})"
+        if mode == "fail":
+            raise TagError(f"{text}; leave the tag out, or pass one and the same")
+        if world().rank == 0:
+            log.warning("unishard: %s; the first rank's is used", text)
+    return tags[0]
 
 
 class Checkpoints:
@@ -152,7 +162,7 @@ class Checkpoints:
             "config": engine.config.as_dict(),
         }
         tag = str(tag or default_tag(engine))
-        require_same_tag(tag)
+        tag = common_tag(tag, engine.config.checkpoint.tag_validation.lower())
         place = Place(Path(folder).absolute(), tag, about, latest, keep_last)
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from unishard.config import Config, ResolvedConfig
@@ -27,7 +29,36 @@ def raw_config(source: Any) -> dict[str, Any]:
     given = getattr(source, "_param_dict", source)
     if isinstance(given, Config):
         return read(given).tree
-    return copy.deepcopy(read(given).tree)
+    try:
+        return copy.deepcopy(read(given).tree)
+    except ConfigError as error:
+        if (
+            not isinstance(given, (str, os.PathLike))
+            or not os.path.isfile(given)
+            or "not JSON" not in str(error)
+        ):
+            raise
+        return read(_hjson(Path(given), error)).tree
+
+
+def _hjson(path: Path, error: ConfigError) -> dict[str, Any]:
+    """A file that is Hjson (JSON with comments), which DeepSpeed reads too, if the package hjson is there."""
+    try:
+        import hjson  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(f"{error}; for Hjson, pip install hjson") from error
+    try:
+        return dict(hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique))
+    except hjson.HjsonDecodeError:
+        raise error from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise ConfigError(f"keys given more than once: {', '.join(repeated)}; keep one of each")
+    return dict(pairs)
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:

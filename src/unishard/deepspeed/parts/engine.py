@@ -17,6 +17,7 @@ from unishard.deepspeed.parts.data import DataIO
 from unishard.deepspeed.parts.fragments import note_optimizer
 from unishard.engine.engine import Engine
 from unishard.errors import StateError, UnsupportedError
+from unishard.optim.sharded import ShardedOptimizer
 
 log = logging.getLogger("unishard")
 
@@ -35,6 +36,7 @@ class DeepSpeedEngine(DataIO, Engine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.is_compiled = False
+        self.sparse_tensor_module_names: set[str] = set()
         self.client_optimizer: Any = None
         self.collate_fn: Callable[[Any], Any] | None = None
         self.loaded_checkpoint_tag: str | None = None
@@ -96,7 +98,31 @@ class DeepSpeedEngine(DataIO, Engine):
             raise EngineMisuseError(
                 "step() inside no_sync(): gradients have not met; leave the context first"
             )
+        if not self._has_gradients():
+            self._take_assigned()
         super().step(lr_kwargs)
+
+    def _take_assigned(self) -> None:
+        """Gradients that the script put on parameters by hand, without a backward; they carry the loss scale."""
+        taken = False
+        for group in self.schedule.groups:
+            for index in sorted(group.trainable):
+                registration = group.registrations[index]
+                grad = registration.whole.grad
+                if grad is not None and tuple(grad.shape) == tuple(group.buffer.layout.shapes[index]):
+                    registration.whole.grad = None
+                    group.gradients.collect(index, grad, reduce_follows=True)
+                    taken = True
+            group.gradients.end_backward()
+        self._scaled = self._scaled or taken
+
+    def _optimizer(self) -> ShardedOptimizer:
+        if self.optimizer is None:
+            raise EngineMisuseError(
+                "this engine has no optimizer: add an optimizer section to the configuration, or pass optimizer= to "
+                "initialize; without one it only runs forward"
+            )
+        return self.optimizer
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:

@@ -79,7 +79,7 @@ def initialize(
             dist_init_required=dist_init_required,
             makers=Makers(DeepSpeedEngine, optimizer_class),
         )
-    except ConfigError as error:
+    except (ConfigError, UnsupportedError) as error:
         raise DeepSpeedConfigError(str(error)) from error
     engine: Any = built.engine
     resolved: ResolvedConfig = engine.config

@@ -19,7 +19,8 @@ class Monitor(ABC):
 
     def __init__(self, monitor_config: Any) -> None:
         self.monitor_config = monitor_config
-        self.enabled = bool(monitor_config.enabled) and _is_first()
+        self.enabled = bool(monitor_config.enabled)
+        self.writes = self.enabled and _is_first()
 
     @abstractmethod
     def write_events(self, event_list: Sequence[Event]) -> None:
@@ -43,7 +44,7 @@ class csvMonitor(Monitor):
         self.filenames: list[str] = []
         self.output_path, self.job_name = csv_config.output_path, csv_config.job_name
         self.log_dir: str | None = None
-        if self.enabled:
+        if self.writes:
             self.log_dir = self.setup_log_dir()
 
     def setup_log_dir(self, base: str | None = None) -> str:
@@ -53,7 +54,7 @@ class csvMonitor(Monitor):
         return str(folder)
 
     def write_events(self, event_list: Sequence[Event]) -> None:
-        if not self.enabled or self.log_dir is None:
+        if not self.writes or self.log_dir is None:
             return
         for name, value, step in event_list:
             file = os.path.join(self.log_dir, name.replace("/", "_") + ".csv")
@@ -69,14 +70,15 @@ class TensorBoardMonitor(Monitor):
 
     def __init__(self, tensorboard_config: Any) -> None:
         super().__init__(tensorboard_config)
+        self.output_path, self.job_name = tensorboard_config.output_path, tensorboard_config.job_name
         self.summary_writer: Any = None
-        if self.enabled:
+        if self.writes:
             check_tb_availability()
             self.get_summary_writer()
 
     def get_summary_writer(self, base: str | None = None) -> Any:
         """The writer, made when first asked for."""
-        if self.summary_writer is None and self.enabled:
+        if self.summary_writer is None and self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = (
@@ -88,7 +90,7 @@ class TensorBoardMonitor(Monitor):
         return self.summary_writer
 
     def write_events(self, event_list: Sequence[Event], flush: bool = True) -> None:
-        if self.enabled:
+        if self.writes:
             for name, value, step in event_list:
                 self.summary_writer.add_scalar(name, value, step)
             if flush:
@@ -106,7 +108,7 @@ class WandbMonitor(Monitor):
     def __init__(self, wandb_config: Any) -> None:
         super().__init__(wandb_config)
         self.group, self.team, self.project = wandb_config.group, wandb_config.team, wandb_config.project
-        if self.enabled:
+        if self.writes:
             check_wandb_availability()
             import wandb  # pyright: ignore[reportMissingImports]
 
@@ -120,14 +122,14 @@ class WandbMonitor(Monitor):
         sync: bool | None = None,
     ) -> Any:
         """Pass to `wandb.log`."""
-        if not self.enabled:
+        if not self.writes:
             return None
         import wandb  # pyright: ignore[reportMissingImports]
 
         return wandb.log(data, step=step, commit=commit)
 
     def write_events(self, event_list: Sequence[Event]) -> None:
-        for name, value, step in event_list if self.enabled else ():
+        for name, value, step in event_list if self.writes else ():
             self.log({name: value}, step=int(step))
 
 
@@ -153,7 +155,7 @@ class CometMonitor(Monitor):
         super().__init__(comet_config)
         self.experiment: Any = None
         self._scheduler = EventsLogScheduler(comet_config.samples_log_interval)
-        if self.enabled:
+        if self.writes:
             check_comet_availability()
             import comet_ml  # pyright: ignore[reportMissingImports]
 
@@ -169,7 +171,7 @@ class CometMonitor(Monitor):
                 self.experiment.set_name(comet_config.experiment_name)
 
     def write_events(self, event_list: Sequence[Event]) -> None:
-        for name, value, step in event_list if self.enabled else ():
+        for name, value, step in event_list if self.writes else ():
             if self._scheduler.needs_logging(name, step):
                 self.experiment._log_metric(name, value, step=step)
 

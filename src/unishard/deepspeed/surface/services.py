@@ -13,8 +13,8 @@ _COMM = part(
     "get_local_rank", "get_rank", "get_world_group", "get_world_size", "has_all_gather_into_tensor",
     "has_all_reduce_coalesced", "has_coalescing_manager", "has_reduce_scatter_tensor", "inference_all_reduce",
     "init_distributed", "initialize_mesh_device", "irecv", "is_available", "is_initialized", "isend",
-    "batch_isend_irecv", "P2POp", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn",
-    "reduce_scatter_tensor", "scatter", "send",
+    "batch_isend_irecv", "P2POp", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter",
+    "reduce_scatter_fn", "reduce_scatter_tensor", "scatter", "send",
 )  # fmt: skip
 _LOG = part("collectives", "configure", note="there is no communication log; profile with torch.profiler")
 _NO_LOG = absent(
