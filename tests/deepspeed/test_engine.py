@@ -347,3 +347,24 @@ def _by_hand() -> tuple[float, bool]:
 
 def test_gradients_put_on_parameters_by_hand_are_averaged_and_stepped(ranks):
     assert max(moved for moved, _ in ranks(_by_hand)) < 1e-6
+
+
+def _called_in_parts(stage: int) -> float:
+    engine, reference = new_engine(stage), new_engine(stage)
+    net = engine.module
+    with torch.no_grad():
+        x = batch()
+        expected = reference(x)
+        difference = (net.head(net.blocks(x)) - expected).abs().max().item()
+        assert stage < 3 or net.head.weight.numel() == 0
+    engine.backward(net.head(net.blocks(batch())).square().mean())
+    engine.step()
+    reference.backward(reference(batch()).square().mean())
+    reference.step()
+    pairs = zip(weights(engine), weights(reference), strict=True)
+    return max(difference, *((a - b).abs().max().item() for a, b in pairs))
+
+
+def test_submodules_may_be_called_by_themselves(ranks):
+    for stage in (2, 3):
+        assert max(ranks(_called_in_parts, stage)) < 1e-6
