@@ -129,7 +129,6 @@ REFUSED_SECTIONS: dict[str, Any] = {
     "comms_logger": {"enabled": True},
     "torch_autocast": {"enabled": True},
     "zero_optimization.zenflow": {"topk_ratio": 0.2},
-    "zero_optimization.leaf_module": {"names": ["experts"]},
 }
 NEUTRAL_SECTIONS = [
     {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
@@ -147,6 +146,7 @@ CANDIDATES = [
     2.5,
     "bf16",
     "Fail",
+    "Ignore",
     "mean",
     "sum",
     "text",

@@ -7,6 +7,7 @@ import typer
 from unishard.cli.bench import bench
 from unishard.cli.checkpoint import app as checkpoint_app
 from unishard.cli.config import app as config_app
+from unishard.cli.run import run
 
 app = typer.Typer(
     name="unishard",
@@ -17,6 +18,14 @@ app = typer.Typer(
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="ckpt")
 app.command()(bench)
+# What follows the script is the script's.
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)(run)
 
 
 @app.callback()

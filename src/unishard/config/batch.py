@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from unishard.config.fields import Auto, Count, Honoured, Refused, Section
+from unishard.config.fields import Auto, Count, Honoured, Section
 
 TRAIN, MICRO, ACCUMULATION = (
     "train_batch_size",
@@ -21,14 +21,7 @@ class BatchKeys(Section):
     train_batch_size: Annotated[Count | None, Auto("batch"), Honoured()] = None
     train_micro_batch_size_per_gpu: Annotated[Count | None, Auto("batch"), Honoured()] = None
     gradient_accumulation_steps: Annotated[Count | None, Auto("batch"), Honoured()] = None
-    managed_gradient_accumulation: Annotated[
-        bool,
-        Refused(
-            "the engine counts micro-batches itself",
-            "set gradient_accumulation_steps to 1 and call engine.step() where you want an update: "
-            "gradients add up until then",
-        ),
-    ] = True
+    managed_gradient_accumulation: Annotated[bool, Honoured()] = True
     dataloader_drop_last: Annotated[bool, Honoured()] = False
 
 

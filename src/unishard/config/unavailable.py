@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from unishard.config.fields import Refused, Section, Translated, enabled, not_available
+from unishard.config.fields import Honoured, Refused, Section, Translated, enabled, not_available
 
 
 class FlopsProfiler(Section):
@@ -255,27 +255,27 @@ class CheckpointWriter(Section):
     data_parallel: Any = None
 
 
-_NO_CHECKPOINTS = (
-    "set it to false; this version saves no sharded checkpoint, gather weights with unishard.gather"
-)
-
-
 class Checkpoint(Section):
     """`checkpoint`."""
 
     tag_validation: Annotated[
-        Literal["Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail"],
-        Translated("this version saves no sharded checkpoint, so no tag is validated", ("WARN", "warn")),
+        Literal["Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail"], Honoured()
     ] = "Warn"
-    load_universal: Annotated[bool, not_available("loading a universal checkpoint", _NO_CHECKPOINTS)] = False
-    use_node_local_storage: Annotated[bool, not_available("node-local checkpoints", _NO_CHECKPOINTS)] = False
+    load_universal: Annotated[
+        bool, Translated("load_checkpoint finds out by itself what kind of checkpoint it is given")
+    ] = False
+    use_node_local_storage: Annotated[
+        bool,
+        not_available("node-local storage", "set it to false, and save to a folder that all nodes share"),
+    ] = False
     checkpoint_serialization: Annotated[
-        bool, Translated("this version saves no sharded checkpoint, so nothing is serialised")
+        bool, Translated("files hold tensors as they are, whatever this says")
     ] = True
     parallel_write: ParallelWrite = ParallelWrite()
-    writer: Annotated[CheckpointWriter | None, not_available("a checkpoint writer", "remove the section")] = (
-        None
-    )
+    writer: Annotated[
+        CheckpointWriter | None,
+        Refused("there is one writer, which writes large blocks from every rank", "remove the section"),
+    ] = None
 
 
 def _degree(value: Any) -> bool:

@@ -44,11 +44,11 @@ class ZenFlow(Section):
 
 
 class LeafModule(Section):
-    """`zero_optimization.leaf_module`: known, refused when it names something."""
+    """`zero_optimization.leaf_module`: modules gathered as one, by class, path, or end of path."""
 
-    classes: list[str] = []
-    names: list[str] = []
-    name_suffixes: list[str] = []
+    classes: Annotated[list[str], Honoured()] = []
+    names: Annotated[list[str], Honoured()] = []
+    name_suffixes: Annotated[list[str], Honoured()] = []
 
 
 class ReduceKeys(Section):
@@ -111,7 +111,12 @@ class GatherKeys(Section):
         Size, Auto(), Translated("a group is released after its last use in forward and after its backward")
     ] = 10**9
     stage3_gather_16bit_weights_on_model_save: Annotated[
-        bool, Auto(), Translated("full weights are gathered where asked for, with unishard.gather")
+        bool,
+        Auto(),
+        Translated(
+            "full weights are gathered where asked for, with unishard.gather; the DeepSpeed door's save_16bit_model "
+            "follows this key"
+        ),
     ] = False
     stage3_gather_fp16_weights_on_model_save: Annotated[
         bool, Translated("an old name; full weights are gathered where asked for, with unishard.gather")
@@ -125,16 +130,7 @@ class GatherKeys(Section):
     override_module_apply: Annotated[bool, Translated("torch.nn.Module is never patched")] = True
     log_trace_cache_warnings: Annotated[bool, Translated("there is no trace cache to warn about")] = False
     enable_sanity_checks: Annotated[bool, Translated("the checks are always on")] = False
-    leaf_module: Annotated[
-        LeafModule | None,
-        not_available(
-            "leaf_module",
-            "wrap the modules with unishard.fully_shard before initialize",
-            asks=lambda value: (
-                value is not None and bool(value.classes or value.names or value.name_suffixes)
-            ),
-        ),
-    ] = None
+    leaf_module: LeafModule | None = None
 
 
 class OffloadKeys(Section):

@@ -50,6 +50,11 @@ def ensure_process_group(device: torch.device | None = None) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    leave_process_group_at_exit()
+
+
+def leave_process_group_at_exit() -> None:
+    """Destroy the default process group when the interpreter ends, if it still exists then."""
     atexit.register(_destroy_process_group)
 
 

@@ -106,6 +106,26 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+class TagError(CheckpointError, AssertionError):
+    """Ranks that save one checkpoint under several tags, which DeepSpeed reports with an assertion."""
+
+
+def common_tag(tag: str, mode: str) -> str:
+    """The tag that all ranks save under: the first rank's.
+
+    Where others differ: `mode` "fail" raises `TagError` on every rank, "warn" warns, "ignore" says nothing.
+    """
+    tags = world().all_gather_object(tag)
+    if len(set(tags)) > 1 and mode != "ignore":
+        shown = ", ".join(f"rank {rank} {given!r}" for rank, given in enumerate(tags[:8]))
+        text = f"save_checkpoint: ranks give different tags ({shown})"
+        if mode == "fail":
+            raise TagError(f"{text}; leave the tag out, or pass one and the same")
+        if world().rank == 0:
+            log.warning("unishard: %s; the first rank's is used", text)
+    return tags[0]
+
+
 class Checkpoints:
     """Saving and loading for one engine."""
 
@@ -149,6 +169,7 @@ class Checkpoints:
             "config": engine.config.as_dict(),
         }
         name = str(tag or default_tag(engine))
+        name = common_tag(name, engine.config.checkpoint.tag_validation.lower())
         place = Place(Path(folder).absolute(), name, about, latest, keep_last, {"zero_to_fp32.py": EXPORTER})
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background and not contents.all_here:
@@ -367,13 +388,12 @@ if __name__ == "__main__":
 '''
 
 
-def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen: bool) -> Path:
-    """Write a plain state dict in the compute dtype, which `torch.load(weights_only=True)` reads, from the first rank.
+def gather_16bit(engine: Engine, *, exclude_frozen: bool) -> dict[str, torch.Tensor] | None:
+    """Whole weights in the compute dtype and buffers, in CPU memory of the first rank; `None` on others.
 
     Groups are gathered one by one, so other ranks need no memory for the whole model. All ranks call together.
     """
-    meeting = GroupMeeting(world())
-    path, state = Path(folder) / name, {}
+    first, state = world().rank == 0, {}
     frozen = {id(p) for p in engine.module.parameters() if not p.requires_grad}
     names: dict[int, list[str]] = {}
     for param_name, param in engine.module.named_parameters(remove_duplicate=False):
@@ -382,18 +402,29 @@ def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen:
         held = group.shown_whole
         group.unshard()
         group.wait()
-        for registration in group.registrations if meeting.rank == 0 else ():
+        for registration in group.registrations if first else ():
             param = registration.visible
             if not (exclude_frozen and id(param) in frozen):
                 value = registration.whole.detach().to("cpu", copy=True)
                 state.update(dict.fromkeys(names.get(id(param), ()), value))
         if not held:
             group.reshard()
-    failure = None
-    if meeting.rank == 0:
+    if not first:
+        return None
+    for buffer_name, buffer in persistent_buffers(engine.module):
+        state[buffer_name] = buffer.detach().to("cpu", copy=True)
+    return state
+
+
+def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen: bool) -> Path:
+    """Write a plain state dict in the compute dtype, which `torch.load(weights_only=True)` reads, from the first rank.
+
+    All ranks call together; raises on all or on none.
+    """
+    meeting, path = GroupMeeting(world()), Path(folder) / name
+    state, failure = gather_16bit(engine, exclude_frozen=exclude_frozen), None
+    if state is not None:
         try:
-            for buffer_name, buffer in persistent_buffers(engine.module):
-                state[buffer_name] = buffer.detach().to("cpu", copy=True)
             _save_aside(state, path)
         except Exception as error:
             failure = error

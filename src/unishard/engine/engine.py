@@ -82,6 +82,8 @@ class Engine(SaveLoad):
         """Whether the micro-batch under way is the last of its step."""
         if self._boundary is not None:
             return self._boundary
+        if not self.config.managed_gradient_accumulation:
+            return True
         return (self._micro + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:

@@ -28,11 +28,19 @@ from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_g
 from unishard.sharding.build import ShardPlan
 from unishard.sharding.heap import trim_heap
 from unishard.sharding.in_place import ShardedModel, shard_in_place
+from unishard.sharding.leaves import mark_leaves
 from unishard.sharding.placement import preset
 from unishard.sharding.ports import ON_DEVICE
 from unishard.sharding.precision import MixedPrecision, as_dtype
 
 log = logging.getLogger("unishard")
+
+
+class Makers(NamedTuple):
+    """The classes of what `initialize` builds: a door may give its users subclasses with more names."""
+
+    engine: type[Engine] = Engine
+    optimizer: Callable[[ResolvedConfig], type[ShardedOptimizer]] = lambda rc: ShardedOptimizer
 
 
 class Initialized(NamedTuple):
@@ -59,6 +67,7 @@ def initialize(
     mesh: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    makers: Makers = Makers(),  # noqa: B008 - immutable
 ) -> Initialized:
     """Shard `model` as `config` says and return (engine, optimizer, dataloader, lr_scheduler).
 
@@ -72,6 +81,7 @@ def initialize(
         training_data: a dataset, for a loader of micro-batches split over data-parallel ranks.
         lr_scheduler: a scheduler, or a function from optimizer to scheduler.
         config: a path, a dict, or a `Config`. mesh: a 1-D or (dp_replicate, dp_shard) `DeviceMesh`.
+        makers: the classes of engine and optimizer, for doors.
 
     Raises:
         ConfigError: all problems of the configuration at once. ShardingError: a model or mesh that cannot be sharded.
@@ -99,16 +109,19 @@ def initialize(
     if rc.seed is not None:
         torch.manual_seed(rc.seed)
     client = _client_optimizer(optimizer, model_parameters, model, rc)
+    leaves = rc.zero_optimization.leaf_module
+    if leaves is not None:
+        mark_leaves(model, leaves.classes, leaves.names, leaves.name_suffixes)
     tiers = build_tiers(rc, axes, device)
     plan = ShardPlan(preset(rc.sharding), axes, _precision(rc), device, tiers=tiers)
     sharded = shard_in_place(model, plan)
     if tiers is not ON_DEVICE:
         trim_heap()
     _cast_buffers(model, rc)
-    wrapped = _optimizer(client, model_parameters, model, sharded, rc)
+    wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
     scheduler = _scheduler(lr_scheduler, wrapped, rc)
     loader = build_dataloader(training_data, collate_fn, rc, axes) if training_data is not None else None
-    engine = Engine(sharded, rc, axes, device, wrapped, scheduler, loader)
+    engine = makers.engine(sharded, rc, axes, device, wrapped, scheduler, loader)
     return Initialized(engine, wrapped, loader, scheduler)
 
 
@@ -225,6 +238,7 @@ def _optimizer(
     model: nn.Module,
     sharded: ShardedModel,
     rc: ResolvedConfig,
+    makers: Makers,
 ) -> ShardedOptimizer | None:
     pieces = Pieces(sharded.groups)
     if client is not None:
@@ -237,7 +251,7 @@ def _optimizer(
     else:
         return None
     _set_divisors(sharded, rc)
-    wrapped = ShardedOptimizer(
+    wrapped = makers.optimizer(rc)(
         inner,
         sharded.schedule,
         pieces,

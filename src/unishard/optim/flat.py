@@ -86,8 +86,15 @@ _RULES: dict[type, Any] = {
 }
 
 
-_COUNTED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+_COUNTED: set[type] = {torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 """Optimizers that keep the number of steps in their state."""
+
+
+def register_rule_like(ours: type[Optimizer], known: type[Optimizer]) -> None:
+    """Let `ours`, a subclass of `known` with the same update, states and options, step by its kernel rule."""
+    _RULES[ours] = _RULES[known]
+    if known in _COUNTED:
+        _COUNTED.add(ours)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from unishard.optim.base import register
 from unishard.optim.foreach import buckets, grads_of
 
 
-@final
 class Lion(Optimizer):
     """Lion with decoupled weight decay (Chen et al. 2023, arXiv:2302.06675, Algorithm 2).
 

@@ -240,6 +240,34 @@ def is_inert(hook: Any) -> bool:
     return getattr(hook, "hook", hook) is _nothing
 
 
+class StrayCallHooks:
+    """A module below the root whose parameters the root holds, called by itself: `generate()` of a wrapped model.
+
+    They are gathered for the call; without gradients they are released after it, otherwise after backward.
+    """
+
+    def __init__(self, unit: ShardUnit, module: nn.Module) -> None:
+        self._unit = unit
+        self._opened = False
+        module.register_forward_pre_hook(ModuleHook(unit, self._before), prepend=True)
+        module.register_forward_hook(ModuleHook(unit, self._after))
+
+    def _before(self, *args: Any) -> None:
+        unit = self._unit
+        if all(group.shown_whole for group in unit.groups):
+            return
+        self._opened = True
+        unit.unshard()
+        unit.wait()
+        unit.hooks.rehook()
+
+    def _after(self, *args: Any) -> None:
+        if self._opened:
+            self._opened = False
+            if not torch.is_grad_enabled():
+                self._unit.reshard()
+
+
 class StateDictHooks:
     """A state dict shows sharded parameters, and loading one may replace them."""
 

@@ -13,6 +13,7 @@ from unishard.dist.mesh import Axes
 from unishard.errors import ShardingError
 from unishard.sharding.build import ShardPlan, build_unit, in_place_group
 from unishard.sharding.group import ShardGroup
+from unishard.sharding.hooks import StrayCallHooks
 from unishard.sharding.init import ParamInit, fill_module, materialize, require_initializable
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.unit import ShardUnit, units_under
@@ -73,6 +74,9 @@ def shard_in_place(
     for module in model.modules():
         if any(b is not None and b.is_meta for b in module._buffers.values()):
             fill_module(module, plan.device, param_init_fn)
+    holders = dict.fromkeys(home.module for record in chosen[0].records for home in record.homes)
+    for holder in (module for module in holders if module is not model):
+        StrayCallHooks(units[0], holder)
     schedule = Schedule(units[0], units)
     for unit in units:
         unit.schedule = schedule

@@ -48,6 +48,11 @@ class SingleShard:
         self.open = False
 
     @property
+    def held(self) -> torch.Tensor:
+        """This rank's slice, 1-D."""
+        return self._shard
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of this rank's slice."""
         return self._shard.numel() * self._shard.element_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from math import prod
 
 from torch import nn
 
+from unishard.sharding.leaves import is_leaf
 from unishard.sharding.parameter import Home, ParameterRecord, find_parameters
 from unishard.sharding.single import full_shape
 
@@ -28,6 +30,30 @@ class ChosenUnit:
     records: list[ParameterRecord]
 
 
+_EXTERNAL: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+"""Parameters that a module's forward uses although another module owns them."""
+
+
+def note_external(module: nn.Module, param: nn.Parameter) -> None:
+    """Count `module` among those that use `param`, for models sharded from now on."""
+    _EXTERNAL.setdefault(module, []).append(weakref.ref(param))
+
+
+def forget_external(module: nn.Module, param: nn.Parameter) -> None:
+    """Undo `note_external`."""
+    _EXTERNAL[module] = [ref for ref in _EXTERNAL.get(module, ()) if ref() is not param]
+
+
+def _external_users(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """By id of the parameter, the modules that use it from outside."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules() if len(_EXTERNAL) else ():
+        for ref in _EXTERNAL.get(module, ()):
+            if ref() is not None:
+                users.setdefault(id(ref()), []).append(module)
+    return users
+
+
 def choose_modules(model: nn.Module, large: int = LARGE_MODULE) -> list[tuple[str, nn.Module]]:
     """The modules below `model` that deserve their own gather, outermost first.
 
@@ -41,7 +67,7 @@ def choose_modules(model: nn.Module, large: int = LARGE_MODULE) -> list[tuple[st
         kinds = Counter(type(child) for _, child in children)
         for name, child in children:
             repeated = kinds[type(child)] > 1 and _is_block(module, child)
-            if repeated or (not any(child.children()) and _numel(child) > large):
+            if repeated or is_leaf(child) or (not any(child.children()) and _numel(child) > large):
                 chosen.append((prefix + name, child))
             else:
                 visit(child, f"{prefix}{name}.")
@@ -74,8 +100,10 @@ def assign_parameters(
     root = ChosenUnit("", model, [])
     units = {id(module): ChosenUnit(name, module, []) for name, module in modules if module is not model}
     owners = _owners_by_module(model, units, root)
+    external = _external_users(model)
     for record in find_parameters([model], {}, ignored or set(), set()):
         paths = [owners[id(home.module)] for home in record.homes]
+        paths += [owners[id(module)] for module in external.get(id(record.param), ())]
         owner = _common(paths)
         if any(path[-1] is not owner for path in paths):
             homes = ", ".join(_home_name(model, home) for home in record.homes)

@@ -1,0 +1,152 @@
+"""`ops.*` optimizers: torch's and unishard's own, with DeepSpeed's constructor arguments.
+
+Under the engine each steps whole shards through unishard's kernels; on plain parameters each is an ordinary optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unishard.errors import UnsupportedError
+from unishard.optim.flat import register_rule_like
+from unishard.optim.lion import Lion
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class _Adam(torch.optim.Adam):
+    """Adam or AdamW by `adam_w_mode`; with bias correction."""
+
+    def _setup(self, params: Params, decoupled: bool, options: dict[str, Any]) -> None:
+        if not options.pop("bias_correction"):
+            raise UnsupportedError(
+                f"{type(self).__name__}(bias_correction=False): build it through the configuration: "
+                '"optimizer": {"type": "AdamW", "params": {"bias_correction": false}}'
+            )
+        super().__init__(params, decoupled_weight_decay=decoupled, **options)
+
+
+class FusedAdam(_Adam):
+    """Adam on the device; `adam_w_mode` (the default) decays weights apart from the gradient.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> weight.grad = torch.ones(1)
+    >>> FusedAdam([weight], lr=0.1).step()
+    >>> round(weight.item(), 6)
+    0.9
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> None:
+        if amsgrad:
+            raise RuntimeError("FusedAdam does not support the AMSGrad variant; leave amsgrad out")
+        options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        self._setup(params, adam_w_mode, {**options, "bias_correction": bias_correction})
+        self.adam_w_mode, self.set_grad_none = adam_w_mode, set_grad_none
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
+
+
+class DeepSpeedCPUAdam(_Adam):
+    """Adam on the CPU; `adamw_mode` (the default) decays weights apart from the gradient."""
+
+    def __init__(
+        self,
+        model_params: Params,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        _need_fp32(self, fp32_optimizer_states)
+        options = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+        }
+        self._setup(model_params, adamw_mode, {**options, "bias_correction": bias_correction})
+        self.adam_w_mode, self.fp32_optimizer_states = adamw_mode, fp32_optimizer_states
+
+
+class FusedLion(Lion):
+    """Lion on the device."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        set_grad_none: bool = True,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)  # pyright: ignore
+        self.set_grad_none = set_grad_none
+
+
+class DeepSpeedCPULion(Lion):
+    """Lion on the CPU."""
+
+    def __init__(
+        self,
+        model_params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        _need_fp32(self, fp32_optimizer_states)
+        super().__init__(model_params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)  # pyright: ignore
+
+
+class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
+    """Adagrad on the CPU."""
+
+    def __init__(
+        self,
+        model_params: Params,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        _need_fp32(self, fp32_optimizer_states)
+        if amsgrad:
+            raise UnsupportedError(
+                "DeepSpeedCPUAdagrad(amsgrad=True): there is no such variant; leave it out"
+            )
+        super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)
+
+
+def _need_fp32(optimizer: Any, fp32_optimizer_states: bool) -> None:
+    if not fp32_optimizer_states:
+        raise UnsupportedError(
+            f"{type(optimizer).__name__}(fp32_optimizer_states=False): states have the masters' dtype; leave it out"
+        )
+
+
+ALL = (FusedAdam, DeepSpeedCPUAdam, FusedLion, DeepSpeedCPULion, DeepSpeedCPUAdagrad)
+for _ours, _like in ((FusedAdam, torch.optim.Adam), (DeepSpeedCPUAdam, torch.optim.Adam), (FusedLion, Lion),
+                     (DeepSpeedCPULion, Lion), (DeepSpeedCPUAdagrad, torch.optim.Adagrad)):  # fmt: skip
+    register_rule_like(_ours, _like)

@@ -1,0 +1,151 @@
+"""`runtime.lr_schedules`: unishard's schedules, and the command-line arguments that DeepSpeed reads for them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from unishard.optim.one_cycle import OneCycle
+from unishard.optim.schedules import LRRangeTest, WarmupCosineLR, WarmupDecayLR, WarmupLR
+
+__all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
+
+VALID_LR_SCHEDULES = ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+
+_FLOATS: dict[str, float] = {
+    "lr_range_test_min_lr": 0.001,
+    "lr_range_test_step_rate": 1.0,
+    "cycle_min_lr": 0.01,
+    "cycle_max_lr": 0.1,
+    "decay_lr_rate": 0.0,
+    "cycle_min_mom": 0.8,
+    "cycle_max_mom": 0.9,
+    "decay_mom_rate": 0.0,
+    "warmup_min_lr": 0.0,
+    "warmup_max_lr": 0.001,
+    "warmup_min_ratio": 0.01,
+    "cos_min_ratio": 0.01,
+}
+_INTS: dict[str, int] = {
+    "lr_range_test_step_size": 1000,
+    "cycle_first_step_size": 1000,
+    "cycle_first_stair_count": -1,
+    "cycle_second_step_size": -1,
+    "cycle_second_stair_count": -1,
+    "decay_step_size": 1000,
+    "warmup_num_steps": 1000,
+    "total_num_steps": 10000,
+}
+_OF_SCHEDULE = {
+    "LRRangeTest": ("lr_range_test_",),
+    "OneCycle": ("cycle_", "decay_"),
+    "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"),
+    "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps"),
+    "WarmupCosineLR": (
+        "warmup_min_ratio",
+        "warmup_num_steps",
+        "warmup_type",
+        "cos_min_ratio",
+        "total_num_steps",
+    ),
+}
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the options of every schedule to `parser`, and return it.
+
+    >>> parser = add_tuning_arguments(argparse.ArgumentParser())
+    >>> parser.parse_args(["--lr_schedule", "OneCycle"]).cycle_max_lr
+    0.1
+    """
+    group = parser.add_argument_group("Convergence Tuning", "Convergence tuning configurations")
+    group.add_argument(
+        "--lr_schedule", type=str, default=None, help="one of " + ", ".join(VALID_LR_SCHEDULES)
+    )
+    for name, default in _FLOATS.items():
+        group.add_argument(f"--{name}", type=float, default=default)
+    for name, default in _INTS.items():
+        group.add_argument(f"--{name}", type=int, default=default)
+    group.add_argument("--lr_range_test_staircase", type=bool, default=False)
+    group.add_argument("--cycle_momentum", default=False, action="store_true")
+    group.add_argument("--warmup_type", type=str, default="log", help="log or linear")
+    return parser
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The options of the command line, and what is not among them."""
+    return add_tuning_arguments(argparse.ArgumentParser()).parse_known_args()
+
+
+def _override(schedule: str, args: Any, params: dict[str, Any]) -> None:
+    for name, value in vars(args).items():
+        if name.startswith(_OF_SCHEDULE[schedule]) and value is not None:
+            params[name] = value
+
+
+def override_lr_range_test_params(args: Any, params: dict[str, Any]) -> None:
+    """Put what `args` has of LRRangeTest's options into `params`."""
+    _override("LRRangeTest", args, params)
+
+
+def override_1cycle_params(args: Any, params: dict[str, Any]) -> None:
+    """Put what `args` has of OneCycle's options into `params`."""
+    _override("OneCycle", args, params)
+
+
+def override_warmupLR_params(args: Any, params: dict[str, Any]) -> None:
+    """Put what `args` has of WarmupLR's options into `params`."""
+    _override("WarmupLR", args, params)
+
+
+def override_params(args: Any, params: dict[str, Any]) -> None:
+    """Put what `args` has of any schedule's options into `params`."""
+    for schedule in _OF_SCHEDULE:
+        _override(schedule, args, params)
+
+
+def get_config_from_args(args: Any) -> tuple[dict[str, Any] | None, str | None]:
+    """A `scheduler` section made of command-line options, or `None` and what is wrong."""
+    chosen = getattr(args, "lr_schedule", None)
+    if chosen is None:
+        return None, "--lr_schedule not specified on command line"
+    if chosen not in VALID_LR_SCHEDULES:
+        return None, f"{chosen} is not supported LR schedule"
+    params: dict[str, Any] = {}
+    _override(chosen, args, params)
+    return {"type": chosen, "params": params}, None
+
+
+def get_lr_from_config(config: dict[str, Any]) -> tuple[float | None, str]:
+    """The highest rate of a `scheduler` section, or `None` and what is wrong."""
+    for key in ("type", "params"):
+        if key not in config:
+            return None, f"LR schedule {key} not defined in config"
+    if config["type"] not in VALID_LR_SCHEDULES:
+        return None, f"{config['type']} is not a valid LR schedule"
+    key = {"LRRangeTest": "lr_range_test_min_lr", "OneCycle": "cycle_max_lr"}.get(
+        config["type"], "warmup_max_lr"
+    )
+    return config["params"][key], ""
+
+
+def update_lr(param_groups: list[dict[str, Any]], lrs: list[Any]) -> list[Any]:
+    """Give each group its rate; returns the rates."""
+    for group, rate in zip(param_groups, lrs, strict=False):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return [group["lr"] for group in param_groups]
+
+
+def get_torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer that `optimizer` is or holds. Raises `TypeError` if there is none."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        return inner
+    raise TypeError(f"{type(optimizer).__name__} is not a subclass of torch.optim.Optimizer")
