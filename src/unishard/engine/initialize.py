@@ -28,7 +28,6 @@ from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_g
 from unishard.sharding.build import ShardPlan
 from unishard.sharding.heap import trim_heap
 from unishard.sharding.in_place import ShardedModel, shard_in_place
-from unishard.sharding.leaves import mark_leaves
 from unishard.sharding.placement import preset
 from unishard.sharding.ports import ON_DEVICE
 from unishard.sharding.precision import MixedPrecision, as_dtype
@@ -111,6 +110,8 @@ def initialize(
     client = _client_optimizer(optimizer, model_parameters, model, rc)
     leaves = rc.zero_optimization.leaf_module
     if leaves is not None:
+        from unishard.sharding.leaves import mark_leaves
+
         mark_leaves(model, leaves.classes, leaves.names, leaves.name_suffixes)
     tiers = build_tiers(rc, axes, device)
     plan = ShardPlan(preset(rc.sharding), axes, _precision(rc), device, tiers=tiers)
