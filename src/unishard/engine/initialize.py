@@ -16,7 +16,6 @@ from unishard.config import ResolvedConfig, load_config, resolve
 from unishard.dist.agree import agree, require_same
 from unishard.dist.collectives import communicator
 from unishard.dist.mesh import Axes, axes_of, build_mesh, ensure_process_group
-from unishard.engine.data import build_dataloader
 from unishard.engine.engine import Engine
 from unishard.engine.tiers import build_tiers
 from unishard.errors import ConfigError, ShardingError
@@ -121,7 +120,11 @@ def initialize(
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
     scheduler = _scheduler(lr_scheduler, wrapped, rc)
-    loader = build_dataloader(training_data, collate_fn, rc, axes) if training_data is not None else None
+    loader = None
+    if training_data is not None:
+        from unishard.engine.data import build_dataloader
+
+        loader = build_dataloader(training_data, collate_fn, rc, axes)
     engine = makers.engine(sharded, rc, axes, device, wrapped, scheduler, loader)
     return Initialized(engine, wrapped, loader, scheduler)
 
