@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from unishard.checkpoint.storage import Progress, Reader, missing_files, unliste
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
 if TYPE_CHECKING:
-    from unishard.checkpoint.convert.format import Opened
+    from unishard.checkpoint.convert.format import Hints, Opened
 
 log = logging.getLogger("unishard")
 
@@ -38,20 +38,16 @@ def open_catalog(folder: Path, meeting: Meeting) -> Catalog:
     return catalog
 
 
-def open_any(folder: Path, meeting: Meeting, members: Sequence[Sequence[str]] | None = None) -> Opened:
+def open_any(folder: Path, meeting: Meeting, hints: Hints) -> Opened:
     """As `open_catalog`, for checkpoints of every format that `unishard.checkpoint.convert` knows, under our keys.
 
     Where a format keeps checksums of whole records, the ranks divide its files and compare them, once.
-
-    Args:
-        members: the parameter names of the optimizer's groups, for formats that keep its state by position.
     """
-    from unishard.checkpoint.convert.format import Hints
     from unishard.checkpoint.convert.registry import open_checkpoint
 
     opened, failure = None, None
     try:
-        opened = open_checkpoint(folder, hints=Hints(members))
+        opened = open_checkpoint(folder, hints=hints)
         wrong = [
             *missing_files(opened.folder, opened.catalog),
             *unlisted_files(opened.folder, opened.catalog),

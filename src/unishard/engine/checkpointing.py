@@ -36,7 +36,7 @@ from unishard.engine.foreign_checkpoints import (
     complete_counters,
     find_checkpoint,
     foreign_tags,
-    group_members,
+    hints_of,
     own_options,
 )
 from unishard.engine.sampling import PositionedSampler
@@ -144,7 +144,7 @@ class Checkpoints:
             "samples": engine.global_samples,
             "frozen_excluded": exclude_frozen,
             "sharding": engine.config.sharding,
-            "buffers": [name for name, _ in persistent_buffers(engine.module)],
+            "frozen": [name for name, param in engine.module.named_parameters() if not param.requires_grad],
             "config": engine.config.as_dict(),
         }
         place = Place(Path(folder).absolute(), str(tag or default_tag(engine)), about, latest, keep_last)
@@ -204,7 +204,7 @@ class Checkpoints:
     ) -> tuple[Path, dict[str, Any]]:
         """Load what `find` gives. All ranks call together; raises on all or on none before anything changes."""
         path, meeting = self.find(folder, tag), GroupMeeting(world())
-        opened = open_any(path, meeting, group_members(self._engine))
+        opened = open_any(path, meeting, hints_of(self._engine))
         place, catalog = opened.folder, opened.catalog
         with_optimizer = optimizer and not module_only and self._engine.optimizer is not None
         entries, rows = self._model_entries(catalog, strict)

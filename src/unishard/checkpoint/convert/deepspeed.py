@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from unishard.checkpoint.catalog import Catalog
+from unishard.checkpoint.catalog import Catalog, Known, keys_of
 from unishard.checkpoint.convert.deepspeed_stages import (
     Files,
     open_flat_groups,
@@ -68,6 +68,7 @@ class DeepSpeedFormat:
         else:
             raise UnsupportedError(f"{path}: ZeRO stage {stage} is not known")
         _add_unoptimized(files, opened, stage)
+        opened.catalog.about["frozen"] = _frozen(files, opened)
         put_values(files.model, files.zero[0] if files.optims else {}, opened)
         return note_files(opened)
 
@@ -147,7 +148,6 @@ def _new_catalog(files: Files) -> Catalog:
         "ranks": model.get("dp_world_size"),
         "step": model.get("global_steps"),
         "samples": model.get("global_samples"),
-        "buffers": list(model.get("buffer_names") or ()),
         "config": config if isinstance(config, dict) else None,
     }
     return Catalog(about=about)
@@ -197,6 +197,17 @@ def _add_unoptimized(files: Files, opened: Opened, stage: int) -> None:
     if stage >= 2 and model.get("frozen_param_shapes") is None:
         catalog.about["frozen_excluded"] = True
     _require_parameters(files, opened)
+
+
+def _frozen(files: Files, opened: Opened) -> list[str] | None:
+    """Names of weights that the optimizer does not own; `None` where there is no optimizer to tell."""
+    lists = [
+        v.value for k, v in opened.catalog.blobs.items() if k.endswith(".params") and isinstance(v, Known)
+    ]
+    if not lists:
+        return None
+    others = {name for names in lists for name in names} | set(files.model.get("buffer_names") or ())
+    return [name for name in keys_of(MODEL, opened.catalog.tensors) if name not in others]
 
 
 def _require_parameters(files: Files, opened: Opened) -> None:

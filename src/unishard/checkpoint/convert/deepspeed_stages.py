@@ -166,7 +166,7 @@ def open_replicated(files: Files, opened: Opened, hints: Hints) -> None:
     order = [index for group in groups for index in group["params"]]
     shapes = {index: master.shape for index, master in zip(order, masters, strict=False)}
     shapes |= {i: v.shape for i, state in inner["state"].items() for v in state.values() if _is_shaped(v)}
-    members = members_of(groups, shapes, parameters, str(files.folder), hints.members)
+    members = members_of(groups, shapes, parameters, str(files.folder), hints.members, hints.frozen)
     names = [name for group in members for name in group]
     for index, name in zip(order, names, strict=True):
         for kind, value in inner["state"].get(index, {}).items():

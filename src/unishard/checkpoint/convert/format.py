@@ -43,6 +43,8 @@ class Hints:
 
     members: Sequence[Sequence[str]] | None = None
     """The parameters of each optimizer group, in order: for state that is stored by position alone."""
+    frozen: frozenset[str] = frozenset()
+    """Those of them that are not trained, which the optimizer that was saved may not have had."""
 
 
 @dataclass(frozen=True)

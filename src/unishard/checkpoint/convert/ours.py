@@ -110,7 +110,7 @@ def _write_values(source: Source, file: RankFile) -> None:
 
 
 def _about(source: Source) -> dict[str, Any]:
-    carried = ("samples", "frozen_excluded", "buffers", "config", "sharding")
+    carried = ("samples", "frozen_excluded", "frozen", "config", "sharding")
     kept = {k: v for k, v in source.about.items() if k in carried}
     return {
         **kept,

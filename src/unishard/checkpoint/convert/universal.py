@@ -87,10 +87,10 @@ class UniversalFormat:
                 draft / "zero" / "optimizer_state.pt",
                 _optimizer_state(groups, _counter(source, step, options)),
             )
-            _write_model_files(draft, source, set(trained))
+            _write_model_files(draft, source, set(states) & set(trained))
         for pointer in ("latest", "latest_universal"):
             write_durably(target / pointer, tag.encode())
-        return target / tag, _notes(source, set(trained))
+        return target / tag, _notes(source, set(states) & set(trained))
 
 
 # reading --------------------------------------------------------------------------------------------------------
@@ -142,9 +142,7 @@ def _put_options(opened: Opened, model: Mapping[str, Any], zero: Mapping[str, An
         {**group, "params": list(range(len(names)))} for group, names in zip(groups, named, strict=True)
     ]
     shapes = {n: opened.catalog.tensors[f"{MODEL}.{n}"].shape for names in named for n in names}
-    put_groups(
-        opened.catalog, groups, members_of(wanted, {}, shapes, str(opened.folder), hints.members or named)
-    )
+    put_groups(opened.catalog, groups, members_of(wanted, {}, shapes, str(opened.folder), named))
 
 
 # writing --------------------------------------------------------------------------------------------------------
