@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from unishard.checkpoint.convert.deepspeed_stages import (
     open_flat_groups,
     open_partitioned,
     open_replicated,
-    put,
-    shapes_of,
+    put_frozen_fragments,
 )
 from unishard.checkpoint.convert.deepspeed_values import put_values
 from unishard.checkpoint.convert.format import (
@@ -27,8 +25,6 @@ from unishard.checkpoint.convert.format import (
     Opened,
     Options,
     Progress,
-    Run,
-    chunks_of_run,
     note_files,
     whole_tensor,
 )
@@ -170,16 +166,8 @@ def _add_unoptimized(files: Files, opened: Opened, stage: int) -> None:
     for alias, name in _shared(model.get("shared_params")):
         if f"{MODEL}.{name}" in catalog.tensors:
             catalog.aliases[f"{MODEL}.{alias}"] = f"{MODEL}.{name}"
-    frozen = {} if stage < 3 else shapes_of(model.get("frozen_param_shapes") or {})
-    for name, shape in frozen.items():
-        each = -(-prod(shape) // len(files.models))
-        chunks = []
-        for rank, archive in enumerate(files.models):
-            run = Run([archive.content["frozen_param_fragments"][name]])
-            numel = max(0, min(each, prod(shape) - rank * each))
-            chunks += chunks_of_run(files.folder, shape, rank * each, run.segments(0, numel))
-        stored = model["frozen_param_fragments"][name]
-        put(opened, name, "", shape, chunks, stored.dtype)
+    if stage == 3:
+        put_frozen_fragments(opened, [archive.content for archive in files.models])
     for name, stored in model["module"].items():
         key = f"{MODEL}.{name}"
         if not isinstance(stored, Stored):
@@ -190,7 +178,8 @@ def _add_unoptimized(files: Files, opened: Opened, stage: int) -> None:
         place = (stored.record, stored.data)
         first = by_place.setdefault(place, key) if stored.numel else key
         if catalog.find(key) is None:
-            if first != key and catalog.find(first) is not None and catalog.find(first).shape == stored.shape:  # pyright: ignore[reportOptionalMemberAccess]
+            known = catalog.find(first)
+            if first != key and known is not None and known.shape == stored.shape:
                 catalog.aliases[key] = first
             else:
                 catalog.tensors[key] = whole_tensor(files.folder, stored)
