@@ -269,6 +269,9 @@ def test_a_model_split_over_tensor_parallel_ranks_is_refused(theirs: Runs, tmp_p
     shutil.copy(tag / "mp_rank_00_model_states.pt", tag / "mp_rank_01_model_states.pt")
     with pytest.raises(UnsupportedError, match=r"split over tensor-parallel ranks"):
         open_checkpoint(tag)
+    (tag / "mp_rank_01_model_states.pt").rename(tag / "layer_01-model_00-model_states.pt")
+    with pytest.raises(UnsupportedError, match=r"split over pipeline stages or experts \(layer_01-model_00"):
+        open_checkpoint(tag)
 
 
 def resumes_by_itself(folder: str) -> None:

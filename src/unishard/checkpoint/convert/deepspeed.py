@@ -36,6 +36,8 @@ from unishard.errors import CheckpointError, CorruptCheckpointError, Unsupported
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
+_SPLIT = re.compile(r"layer_\d+|expp_rank_\d+")
+
 
 class DeepSpeedFormat:
     """`global_stepN/mp_rank_*_model_states.pt` and `*zero_pp_rank_*_optim_states.pt`."""
@@ -83,9 +85,13 @@ def _read_files(path: Path) -> Files:
     models = _by_rank(path, _MODEL)
     optims = _by_rank(path, _OPTIM)
     files = Files(path, [Archive(p) for p in models])
-    if not files.models or "module" not in files.model:
-        raise CorruptCheckpointError(
-            f"{path}: {models[0].name if models else 'model_states.pt'} has no 'module'"
+    if "module" not in files.model:
+        raise CorruptCheckpointError(f"{models[0]} has no 'module'")
+    split = next((p.name for p in sorted(path.iterdir()) if _SPLIT.match(p.name)), None)
+    if split is not None or not isinstance(files.model["module"], Mapping):
+        raise UnsupportedError(
+            f"{path}: the model is split over pipeline stages or experts ({split or models[0].name}), which is not read; "
+            "gather it with DeepSpeed first"
         )
     files.optims = [Archive(p) for p in optims]
     for archive in files.optims:
