@@ -462,7 +462,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch, rich.progress, torch.distributed.checkpoint
-from unishard.checkpoint.convert import Options, compare, convert, open_checkpoint
+from unishard.checkpoint.convert import compare, convert, open_checkpoint
 folder, peaks = Path(sys.argv[1]), {}
 open_checkpoint(folder / "run.pt")
 def held(what):
@@ -470,7 +470,7 @@ def held(what):
 before = held("VmRSS")
 for source, target, to in (("run.pt", "ours", "unishard"), ("ours", "hf", "safetensors"), ("ours", "back.pt", "torch"),
                            ("ours", "dcp", "dcp"), ("ours", "uni", "deepspeed-universal")):
-    convert(folder / source, folder / target, to, Options(dtype=torch.float32))
+    convert(folder / source, folder / target, to)
     peaks[to] = held("VmHWM") - before
 assert list(compare(open_checkpoint(folder / "uni"), open_checkpoint(folder / "back.pt"))) == []
 peaks["compare"] = held("VmHWM") - before

@@ -39,6 +39,7 @@ class DcpFormat:
 
     name = "dcp"
     title = "torch.distributed.checkpoint"
+    honours = frozenset({"dtype", "weights_only", "exclude_frozen", "overwrite"})
 
     def detect(self, path: Path) -> bool:
         return (path / METADATA).is_file()

@@ -44,6 +44,7 @@ class DeepSpeedFormat:
 
     name = "deepspeed"
     title = "DeepSpeed ZeRO"
+    honours: frozenset[str] = frozenset()
 
     def detect(self, path: Path) -> bool:
         return (
@@ -90,8 +91,8 @@ def _read_files(path: Path) -> Files:
     split = next((p.name for p in sorted(path.iterdir()) if _SPLIT.match(p.name)), None)
     if split is not None or not isinstance(files.model["module"], Mapping):
         raise UnsupportedError(
-            f"{path}: the model is split over pipeline stages or experts ({split or models[0].name}), which is not read; "
-            "gather it with DeepSpeed first"
+            f"{path}: the model is split over pipeline stages or experts ({split or models[0].name}), which is not "
+            "read; gather it with DeepSpeed first"
         )
     files.optims = [Archive(p) for p in optims]
     for archive in files.optims:

@@ -74,6 +74,8 @@ class Format(Protocol):
 
     name: str
     title: str
+    honours: frozenset[str]
+    """The fields of `Options` that `write` follows; others are refused."""
 
     def detect(self, path: Path) -> bool:
         """Whether `path`, a file or a folder, is a checkpoint of this kind, by the names in it."""

@@ -26,6 +26,7 @@ class UnishardFormat:
 
     name = "unishard"
     title = "unishard"
+    honours = frozenset({"dtype", "weights_only", "exclude_frozen", "overwrite", "tag"})
 
     def detect(self, path: Path) -> bool:
         return (path / MANIFEST).is_file()

@@ -42,6 +42,7 @@ class TorchFormat:
 
     name = "torch"
     title = "torch.save"
+    honours = frozenset({"dtype", "weights_only", "exclude_frozen", "overwrite"})
 
     def detect(self, path: Path) -> bool:
         if not path.is_file() or path.suffix not in _SUFFIXES:

@@ -52,6 +52,7 @@ class UniversalFormat:
 
     name = "deepspeed-universal"
     title = "DeepSpeed universal"
+    honours = frozenset({"exclude_frozen", "overwrite", "tag", "torch_optimizer"})
 
     def detect(self, path: Path) -> bool:
         return (path / "zero" / "optimizer_state.pt").is_file()
