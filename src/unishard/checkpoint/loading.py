@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ def open_any(folder: Path, meeting: Meeting, hints: Hints) -> Opened:
             *unlisted_files(opened.folder, opened.catalog),
         ]
         if not wrong and opened.format != "unishard":
-            wrong = _changed_in_share(opened, meeting)
+            wrong = list(_changed_in_share(opened, meeting))
         if wrong:
             raise CorruptCheckpointError(f"{folder} is damaged: {'; '.join(wrong)}; load another checkpoint")
     except Exception as error:
@@ -66,7 +66,7 @@ def open_any(folder: Path, meeting: Meeting, hints: Hints) -> Opened:
     return opened
 
 
-def _changed_in_share(opened: Opened, meeting: Meeting) -> list[str]:
+def _changed_in_share(opened: Opened, meeting: Meeting) -> Sequence[str]:
     from unishard.checkpoint.convert.registry import get
 
     mine = dict(list(opened.catalog.files.items())[meeting.rank :: meeting.size])
