@@ -32,13 +32,6 @@ from unishard.checkpoint.training import (
     optimizer_entries,
     persistent_buffers,
 )
-from unishard.engine.foreign_checkpoints import (
-    complete_counters,
-    find_checkpoint,
-    foreign_tags,
-    hints_of,
-    own_options,
-)
 from unishard.engine.sampling import PositionedSampler
 from unishard.errors import CheckpointError
 
@@ -166,6 +159,8 @@ class Checkpoints:
         found, failure = None, None
         if meeting.rank == 0:
             try:
+                from unishard.engine.foreign_checkpoints import find_checkpoint
+
                 found = str(find_checkpoint(Path(folder).absolute(), tag))
             except Exception as error:
                 failure = error
@@ -185,6 +180,8 @@ class Checkpoints:
         tags, failure = [], None
         if meeting.rank == 0:
             try:
+                from unishard.engine.foreign_checkpoints import foreign_tags
+
                 parent = Path(folder).absolute()
                 commit.restore(parent)
                 tags = [tag for _, tag in commit.committed(parent)] or foreign_tags(parent)
@@ -203,6 +200,8 @@ class Checkpoints:
         module_only: bool,
     ) -> tuple[Path, dict[str, Any]]:
         """Load what `find` gives. All ranks call together; raises on all or on none before anything changes."""
+        from unishard.engine.foreign_checkpoints import complete_counters, hints_of, own_options
+
         path, meeting = self.find(folder, tag), GroupMeeting(world())
         opened = open_any(path, meeting, hints_of(self._engine))
         place, catalog = opened.folder, opened.catalog
