@@ -146,6 +146,17 @@ def test_consolidate_and_dtype(run: Path) -> None:
             ["convert", "ours", "out", "--to", "dcp", "--exclude-frozen"],
             "does not say which weights are frozen",
         ),
+        (
+            ["convert", "ours", "out", "--to", "dcp", "--like", "notes"],
+            "has no meaning for torch.distributed",
+        ),
+        (
+            ["convert", "ours", "out", "--to", "deepspeed-universal", "--dtype", "bf16"],
+            "has no meaning for DeepSpeed",
+        ),
+        (["convert", "ours", "out.safetensors", "--to", "safetensors", "--like", "notes"], "is one file"),
+        (["consolidate", "ours", "out.bin", "--max-shard-size", "1MB"], "is one file of any size"),
+        (["consolidate", "ours", "out.bin", "--safe-serialization"], "give it the suffix .safetensors"),
         (["inspect", "ours", "--groups", "notes/a.txt"], "it must be a JSON list"),
     ],
 )

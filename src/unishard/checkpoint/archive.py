@@ -48,12 +48,13 @@ class _Tensor:
             strides.append(numel)
             numel *= max(size, 1)
         numel = 0 if 0 in self._sizes else numel
-        kind = _storage_kind(self._dtype)
+        kind = storage_kind(self._dtype)
         arguments = (_Storage(kind, numel), 0, self._sizes, tuple(reversed(strides)), False, OrderedDict())
         return _rebuild_tensor_v2, arguments
 
 
-def _storage_kind(dtype: torch.dtype) -> Any:
+def storage_kind(dtype: torch.dtype) -> Any:
+    """torch's class for untyped memory of `dtype`, as pickles name it. Raises `CheckpointError` if there is none."""
     found = torch.storage._dtype_to_storage_type_map().get(dtype)
     if found is None:
         raise CheckpointError(f"tensors of {dtype} cannot be saved; convert them first")

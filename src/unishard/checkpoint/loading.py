@@ -18,7 +18,7 @@ from unishard.checkpoint.storage import Progress, Reader, missing_files, unliste
 from unishard.errors import CheckpointError, CorruptCheckpointError
 
 if TYPE_CHECKING:
-    from unishard.checkpoint.convert.format import Opened
+    from unishard.checkpoint.convert.format import Hints, Opened
 
 log = logging.getLogger("unishard")
 
@@ -39,26 +39,22 @@ def open_catalog(folder: Path, meeting: Meeting) -> Catalog:
     return catalog
 
 
-def open_any(folder: Path, meeting: Meeting, members: Sequence[Sequence[str]] | None = None) -> Opened:
+def open_any(folder: Path, meeting: Meeting, hints: Hints) -> Opened:
     """As `open_catalog`, for checkpoints of every format that `unishard.checkpoint.convert` knows, under our keys.
 
     Where a format keeps checksums of whole records, the ranks divide its files and compare them, once.
-
-    Args:
-        members: the parameter names of the optimizer's groups, for formats that keep its state by position.
     """
-    from unishard.checkpoint.convert.format import Hints
     from unishard.checkpoint.convert.registry import open_checkpoint
 
     opened, failure = None, None
     try:
-        opened = open_checkpoint(folder, hints=Hints(members))
+        opened = open_checkpoint(folder, hints=hints)
         wrong = [
             *missing_files(opened.folder, opened.catalog),
             *unlisted_files(opened.folder, opened.catalog, shards_only=True),
         ]
         if not wrong and opened.format != "unishard":
-            wrong = _changed_in_share(opened, meeting)
+            wrong = list(_changed_in_share(opened, meeting))
         if wrong:
             raise CorruptCheckpointError(f"{folder} is damaged: {'; '.join(wrong)}; load another checkpoint")
     except Exception as error:
@@ -71,7 +67,7 @@ def open_any(folder: Path, meeting: Meeting, members: Sequence[Sequence[str]] | 
     return opened
 
 
-def _changed_in_share(opened: Opened, meeting: Meeting) -> list[str]:
+def _changed_in_share(opened: Opened, meeting: Meeting) -> Sequence[str]:
     from unishard.checkpoint.convert.registry import get
 
     mine = dict(list(opened.catalog.files.items())[meeting.rank :: meeting.size])

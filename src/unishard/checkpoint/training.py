@@ -206,12 +206,14 @@ def optimizer_differences(
     """What does not match between the checkpoint's optimizer and this one: parameters, groups, kinds of state."""
     names = Names(module)
     mine = {names.of(piece.group, piece.index): piece for members in optimizer.members for piece in members}
+    # An optimizer may have been given frozen parameters or not: it has nothing to keep for them.
+    frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
     rows = []
     if len(stored) != len(optimizer.members):
         rows.append((GROUPS, f"{len(stored)} groups", f"{len(optimizer.members)} groups"))
     for position, (options, members) in enumerate(zip(stored.values(), optimizer.members, strict=False)):
         here = [names.of(piece.group, piece.index) for piece in members]
-        for name in sorted(set(options["params"]) ^ set(here)):
+        for name in sorted((set(options["params"]) ^ set(here)) - frozen):
             there = name in options["params"]
             rows.append(
                 (f"{GROUPS}.{position}", name if there else "missing", name if not there else "missing")

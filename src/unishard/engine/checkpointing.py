@@ -33,13 +33,6 @@ from unishard.checkpoint.training import (
     optimizer_parts,
     persistent_buffers,
 )
-from unishard.engine.foreign_checkpoints import (
-    complete_counters,
-    find_checkpoint,
-    foreign_tags,
-    group_members,
-    own_options,
-)
 from unishard.engine.sampling import PositionedSampler
 from unishard.errors import CheckpointError
 
@@ -165,7 +158,7 @@ class Checkpoints:
             "samples": engine.global_samples,
             "frozen_excluded": exclude_frozen,
             "sharding": engine.config.sharding,
-            "buffers": [name for name, _ in persistent_buffers(engine.module)],
+            "frozen": [name for name, param in engine.module.named_parameters() if not param.requires_grad],
             "config": engine.config.as_dict(),
         }
         name = str(tag or default_tag(engine))
@@ -190,6 +183,8 @@ class Checkpoints:
         found, failure = None, None
         if meeting.rank == 0:
             try:
+                from unishard.engine.foreign_checkpoints import find_checkpoint
+
                 found = str(find_checkpoint(Path(folder).absolute(), tag))
             except Exception as error:
                 failure = error
@@ -209,6 +204,8 @@ class Checkpoints:
         tags, failure = [], None
         if meeting.rank == 0:
             try:
+                from unishard.engine.foreign_checkpoints import foreign_tags
+
                 parent = Path(folder).absolute()
                 commit.restore(parent)
                 tags = [tag for _, tag in commit.committed(parent)] or foreign_tags(parent)
@@ -227,8 +224,10 @@ class Checkpoints:
         module_only: bool,
     ) -> tuple[Path, dict[str, Any]]:
         """Load what `find` gives. All ranks call together; raises on all or on none before anything changes."""
+        from unishard.engine.foreign_checkpoints import complete_counters, hints_of, own_options
+
         path, meeting = self.find(folder, tag), GroupMeeting(world())
-        opened = open_any(path, meeting, group_members(self._engine))
+        opened = open_any(path, meeting, hints_of(self._engine))
         place, catalog = opened.folder, opened.catalog
         with_optimizer = optimizer and not module_only and self._engine.optimizer is not None
         entries, rows = self._model_entries(catalog, strict)

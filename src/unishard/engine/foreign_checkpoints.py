@@ -12,6 +12,7 @@ from unishard.checkpoint.training import Names
 from unishard.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from unishard.checkpoint.convert.format import Hints
     from unishard.engine.engine import Engine
 
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
@@ -45,12 +46,15 @@ def foreign_tags(folder: Path) -> list[str]:
     return [found.name] if found.parent == folder and detect(found) is not None else []
 
 
-def group_members(engine: Engine) -> list[list[str]] | None:
-    """The parameter names of each of the optimizer's groups."""
+def hints_of(engine: Engine) -> Hints:
+    """The parameter names of each of the optimizer's groups, for formats that keep its state by position."""
+    from unishard.checkpoint.convert.format import Hints
+
     if engine.optimizer is None:
-        return None
+        return Hints()
     names = Names(engine.module)
-    return [[names.of(p.group, p.index) for p in members] for members in engine.optimizer.members]
+    members = [[names.of(p.group, p.index) for p in pieces] for pieces in engine.optimizer.members]
+    return Hints(members, frozenset(n for n, p in engine.module.named_parameters() if not p.requires_grad))
 
 
 def own_options(engine: Engine, options: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from tests.checkpoint.convert import runs
 
 import unishard
-from unishard.checkpoint.convert import Options, compare, convert, open_checkpoint
+from unishard.checkpoint.convert import Hints, Options, compare, convert, open_checkpoint
 from unishard.errors import CheckpointError, CorruptCheckpointError, RankError, UnsupportedError
 from unishard.testing import RankPool
 
@@ -144,6 +145,51 @@ def test_weights_are_those_that_deepspeed_itself_consolidates(
     assert set(found) - set(trained) == {"frozen.weight", "frozen.bias"}
 
 
+@pytest.mark.parametrize("which", ["2-fp32", "3-fp32-subgroups"])
+def test_what_deepspeeds_own_converter_writes(
+    which: str, theirs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    tag = f"global_step{runs.STEPS}"
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    folders = {"input_folder": str(theirs.folder / which / tag), "output_folder": str(tmp_path / tag)}
+    main(argparse.Namespace(**folders, **settings, inject_missing_state=True))
+    found = open_checkpoint(tmp_path)
+    assert found.format == "deepspeed-universal"
+    assert list(compare(open_checkpoint(theirs.folder / which), found)) == []
+
+
+def test_a_fused_16_bit_optimizer_without_zero(theirs: Runs, tmp_path: Path) -> None:
+    """DeepSpeed has it on GPUs alone: made here of what its other one wrote, with each group in one vector."""
+    tag = copy_of(theirs, "0-bf16", tmp_path / "fused")
+    file = tag / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    saved = content["optimizer"]
+    inner = saved["optimizer_state_dict"]
+    flat = [torch.cat([m.flatten() for m in group]) for group in saved.pop("fp32_groups")]
+    states = {}
+    for position, group in enumerate(inner["param_groups"]):
+        mine = [inner["state"][index] for index in group["params"]]
+        kinds = {k: torch.cat([s[k].flatten() for s in mine]) for k in ("exp_avg", "exp_avg_sq")}
+        states[position] = {"step": mine[0]["step"], **kinds}
+        group["params"] = [position]
+    inner["state"], saved["fp32_groups_flat"] = states, flat
+    torch.save(content, file)
+    matrices = ["embed.weight", "up.weight", "down.weight"]
+    others = ["up.bias", "down.bias", "norm.weight", "norm.bias"]
+    hints = Hints(
+        [[*matrices, "frozen.weight"], [*others, "frozen.bias"]], frozenset({"frozen.weight", "frozen.bias"})
+    )
+    expected = open_checkpoint(theirs.folder / "0-bf16", hints=hints)
+    assert list(compare(expected, open_checkpoint(tag, hints=hints))) == []
+    with pytest.raises(
+        CheckpointError, match=r"as vectors of \[852, 53\] elements, and those named have \[1061\]"
+    ):
+        open_checkpoint(tag)
+
+
 # damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +268,9 @@ def test_a_model_split_over_tensor_parallel_ranks_is_refused(theirs: Runs, tmp_p
     tag = copy_of(theirs, "1-fp32", tmp_path / "copy")
     shutil.copy(tag / "mp_rank_00_model_states.pt", tag / "mp_rank_01_model_states.pt")
     with pytest.raises(UnsupportedError, match=r"split over tensor-parallel ranks"):
+        open_checkpoint(tag)
+    (tag / "mp_rank_01_model_states.pt").rename(tag / "layer_01-model_00-model_states.pt")
+    with pytest.raises(UnsupportedError, match=r"split over pipeline stages or experts \(layer_01-model_00"):
         open_checkpoint(tag)
 
 

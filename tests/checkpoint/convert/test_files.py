@@ -361,6 +361,28 @@ def test_the_engine_starts_from_weights(target: str, tmp_path: Path, ranks: Rank
     ranks(loads_weights, str(tmp_path / target))
 
 
+def losses_from(path: str) -> list[float]:
+    model = runs.build(seed=7)
+    engine = unishard.initialize(model=model, config=runs.config(3, "fp32", gradient_clipping=0.0)).engine
+    engine.load_checkpoint(path)
+    assert engine.optimizer is not None
+    return runs.train(engine, range(2, 4))
+
+
+def test_tied_weights_may_be_known_by_another_of_their_names(tmp_path: Path, ranks: Ranks) -> None:
+    model, optimizer = trained()
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    other = ["head.weight" if name == "embed.weight" else name for name in names]
+    saved, state = optimizer.state_dict(), dict(model.state_dict())
+    for file, members in (("usual.pt", names), ("other.pt", other)):
+        saved["param_groups"][0]["param_names"] = members
+        del state["head.weight" if file == "usual.pt" else "embed.weight"]
+        torch.save({"model": state, "optimizer": saved}, tmp_path / file)
+        state = dict(model.state_dict())
+    expected = ranks(losses_from, str(tmp_path / "usual.pt"))[0]
+    assert ranks(losses_from, str(tmp_path / "other.pt"))[0] == expected
+
+
 def test_the_code_door_names_the_command(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(
@@ -403,9 +425,7 @@ def test_the_script_beside_the_checkpoint(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_script_that_the_engine_writes_is_run(tmp_path: Path) -> None:
     model = runs.build()
-    engine = unishard.initialize(
-        model=model, model_parameters=runs.groups(model), config=runs.config(2, "fp32")
-    ).engine
+    engine = unishard.initialize(model=model, config=runs.config(2, "fp32")).engine
     runs.train(engine, range(1))
     engine.save_checkpoint(tmp_path)
     command = [sys.executable, str(tmp_path / "zero_to_fp32.py"), str(tmp_path), str(tmp_path / "out.bin")]
@@ -442,7 +462,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch, rich.progress, torch.distributed.checkpoint
-from unishard.checkpoint.convert import Options, compare, convert, open_checkpoint
+from unishard.checkpoint.convert import compare, convert, open_checkpoint
 folder, peaks = Path(sys.argv[1]), {}
 open_checkpoint(folder / "run.pt")
 def held(what):
@@ -450,7 +470,7 @@ def held(what):
 before = held("VmRSS")
 for source, target, to in (("run.pt", "ours", "unishard"), ("ours", "hf", "safetensors"), ("ours", "back.pt", "torch"),
                            ("ours", "dcp", "dcp"), ("ours", "uni", "deepspeed-universal")):
-    convert(folder / source, folder / target, to, Options(dtype=torch.float32))
+    convert(folder / source, folder / target, to)
     peaks[to] = held("VmHWM") - before
 assert list(compare(open_checkpoint(folder / "uni"), open_checkpoint(folder / "back.pt"))) == []
 peaks["compare"] = held("VmHWM") - before

@@ -129,7 +129,18 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     Raises `CheckpointError` for a target that exists, and whatever is wrong with the checkpoint.
     """
     target = Path(output_dir)
+    one_file = target.suffix in (".bin", ".pt", ".pth", ".safetensors")
     limit = sys.maxsize if max_shard_size is None else parse_size(max_shard_size)
+    if one_file:
+        if limit not in (sys.maxsize, Options().max_shard_bytes):
+            raise CheckpointError(
+                f"{target} is one file of any size; name a folder to have shards of {max_shard_size}"
+            )
+        if safe_serialization and target.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{target} is to be safetensors; give it the suffix .safetensors, or name a folder"
+            )
+        limit = Options().max_shard_bytes
     options = Options(
         dtype=torch.float32,
         max_shard_bytes=limit,
@@ -137,7 +148,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         exclude_frozen=exclude_frozen_parameters,
         overwrite=overwrite,
     )
-    if target.suffix in (".bin", ".pt", ".pth") and not safe_serialization:
+    if one_file and target.suffix != ".safetensors":
         return convert(checkpoint_dir, target, "torch", options, tag=tag)
     pickled = not safe_serialization and target.suffix != ".safetensors"
     return convert(checkpoint_dir, target, "safetensors", replace(options, pickled=pickled), tag=tag)

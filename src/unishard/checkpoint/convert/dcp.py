@@ -25,7 +25,7 @@ from unishard.checkpoint.convert.format import (
     put_counters,
     put_groups,
 )
-from unishard.checkpoint.convert.ours import _write
+from unishard.checkpoint.convert.ours import add_in_pieces
 from unishard.checkpoint.convert.source import Source
 from unishard.checkpoint.keys import GROUPS, MODEL, STATE
 from unishard.checkpoint.storage import RankFile, Reader
@@ -39,6 +39,7 @@ class DcpFormat:
 
     name = "dcp"
     title = "torch.distributed.checkpoint"
+    honours = frozenset({"dtype", "weights_only", "exclude_frozen", "overwrite"})
 
     def detect(self, path: Path) -> bool:
         return (path / METADATA).is_file()
@@ -83,10 +84,10 @@ class DcpFormat:
         with aside(target, folder=True, overwrite=options.overwrite) as draft:
             with RankFile(draft, "__0_0.distcp") as file:
                 for name, info in source.weights().items():
-                    _write(file, f"{MODEL}.{name}", info.shape, source.weight_pieces(name))
+                    add_in_pieces(file, f"{MODEL}.{name}", info.shape, source.weight_pieces(name))
                 for name, kinds in source.states().items():
                     for kind, info in kinds.items():
-                        _write(
+                        add_in_pieces(
                             file,
                             f"{STATE}.{name}.{kind}",
                             info.shape,

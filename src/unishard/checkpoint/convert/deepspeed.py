@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from unishard.checkpoint.catalog import Catalog
+from unishard.checkpoint.catalog import Catalog, Known, keys_of
 from unishard.checkpoint.convert.deepspeed_stages import (
     Files,
     open_flat_groups,
     open_partitioned,
     open_replicated,
-    put,
-    shapes_of,
+    put_frozen_fragments,
 )
 from unishard.checkpoint.convert.deepspeed_values import put_values
 from unishard.checkpoint.convert.format import (
@@ -27,8 +25,6 @@ from unishard.checkpoint.convert.format import (
     Opened,
     Options,
     Progress,
-    Run,
-    chunks_of_run,
     note_files,
     whole_tensor,
 )
@@ -40,12 +36,15 @@ from unishard.errors import CheckpointError, CorruptCheckpointError, Unsupported
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
+_SPLIT = re.compile(r"layer_\d+|expp_rank_\d+")
+
 
 class DeepSpeedFormat:
     """`global_stepN/mp_rank_*_model_states.pt` and `*zero_pp_rank_*_optim_states.pt`."""
 
     name = "deepspeed"
     title = "DeepSpeed ZeRO"
+    honours: frozenset[str] = frozenset()
 
     def detect(self, path: Path) -> bool:
         return (
@@ -68,6 +67,7 @@ class DeepSpeedFormat:
         else:
             raise UnsupportedError(f"{path}: ZeRO stage {stage} is not known")
         _add_unoptimized(files, opened, stage)
+        opened.catalog.about["frozen"] = _frozen(files, opened)
         put_values(files.model, files.zero[0] if files.optims else {}, opened)
         return note_files(opened)
 
@@ -86,9 +86,13 @@ def _read_files(path: Path) -> Files:
     models = _by_rank(path, _MODEL)
     optims = _by_rank(path, _OPTIM)
     files = Files(path, [Archive(p) for p in models])
-    if not files.models or "module" not in files.model:
-        raise CorruptCheckpointError(
-            f"{path}: {models[0].name if models else 'model_states.pt'} has no 'module'"
+    if "module" not in files.model:
+        raise CorruptCheckpointError(f"{models[0]} has no 'module'")
+    split = next((p.name for p in sorted(path.iterdir()) if _SPLIT.match(p.name)), None)
+    if split is not None or not isinstance(files.model["module"], Mapping):
+        raise UnsupportedError(
+            f"{path}: the model is split over pipeline stages or experts ({split or models[0].name}), which is not "
+            "read; gather it with DeepSpeed first"
         )
     files.optims = [Archive(p) for p in optims]
     for archive in files.optims:
@@ -147,7 +151,6 @@ def _new_catalog(files: Files) -> Catalog:
         "ranks": model.get("dp_world_size"),
         "step": model.get("global_steps"),
         "samples": model.get("global_samples"),
-        "buffers": list(model.get("buffer_names") or ()),
         "config": config if isinstance(config, dict) else None,
     }
     return Catalog(about=about)
@@ -170,16 +173,8 @@ def _add_unoptimized(files: Files, opened: Opened, stage: int) -> None:
     for alias, name in _shared(model.get("shared_params")):
         if f"{MODEL}.{name}" in catalog.tensors:
             catalog.aliases[f"{MODEL}.{alias}"] = f"{MODEL}.{name}"
-    frozen = {} if stage < 3 else shapes_of(model.get("frozen_param_shapes") or {})
-    for name, shape in frozen.items():
-        each = -(-prod(shape) // len(files.models))
-        chunks = []
-        for rank, archive in enumerate(files.models):
-            run = Run([archive.content["frozen_param_fragments"][name]])
-            numel = max(0, min(each, prod(shape) - rank * each))
-            chunks += chunks_of_run(files.folder, shape, rank * each, run.segments(0, numel))
-        stored = model["frozen_param_fragments"][name]
-        put(opened, name, "", shape, chunks, stored.dtype)
+    if stage == 3:
+        put_frozen_fragments(opened, [archive.content for archive in files.models])
     for name, stored in model["module"].items():
         key = f"{MODEL}.{name}"
         if not isinstance(stored, Stored):
@@ -190,13 +185,25 @@ def _add_unoptimized(files: Files, opened: Opened, stage: int) -> None:
         place = (stored.record, stored.data)
         first = by_place.setdefault(place, key) if stored.numel else key
         if catalog.find(key) is None:
-            if first != key and catalog.find(first) is not None and catalog.find(first).shape == stored.shape:  # pyright: ignore[reportOptionalMemberAccess]
+            known = catalog.find(first)
+            if first != key and known is not None and known.shape == stored.shape:
                 catalog.aliases[key] = first
             else:
                 catalog.tensors[key] = whole_tensor(files.folder, stored)
     if stage >= 2 and model.get("frozen_param_shapes") is None:
         catalog.about["frozen_excluded"] = True
     _require_parameters(files, opened)
+
+
+def _frozen(files: Files, opened: Opened) -> list[str] | None:
+    """Names of weights that the optimizer does not own; `None` where there is no optimizer to tell."""
+    lists = [
+        v.value for k, v in opened.catalog.blobs.items() if k.endswith(".params") and isinstance(v, Known)
+    ]
+    if not lists:
+        return None
+    others = {name for names in lists for name in names} | set(files.model.get("buffer_names") or ())
+    return [name for name in keys_of(MODEL, opened.catalog.tensors) if name not in others]
 
 
 def _require_parameters(files: Files, opened: Opened) -> None:

@@ -7,7 +7,7 @@ state dict.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -28,7 +28,7 @@ from unishard.checkpoint.convert.format import (
 from unishard.checkpoint.convert.matching import members_of
 from unishard.checkpoint.convert.torch_read import Archive, Stored
 from unishard.checkpoint.keys import MODEL, STATE
-from unishard.errors import CorruptCheckpointError, UnsupportedError
+from unishard.errors import CheckpointError, CorruptCheckpointError, UnsupportedError
 
 
 @dataclass
@@ -126,12 +126,32 @@ def open_partitioned(files: Files, opened: Opened) -> None:
                 put(opened, name, kind, shape, chunks, by_rank[0].dtype)
             put_scalars(opened, name, scalars)
             start += each
+    groups = inner[0]["param_groups"]
+    put_groups(opened.catalog, groups, members_of_sub_groups(groups, sub_groups))
+
+
+def members_of_sub_groups(
+    groups: Sequence[Mapping[str, Any]], sub_groups: Sequence[Mapping[str, Any]]
+) -> list[list[str]]:
+    """The parameter names of each group of the optimizer, each of whose `params` is one of stage 3's sub groups."""
     members, position = [], 0
-    for group in inner[0]["param_groups"]:
+    for group in groups:
         count = len(group["params"])
         members.append([name for shapes in sub_groups[position : position + count] for name in shapes])
         position += count
-    put_groups(opened.catalog, inner[0]["param_groups"], members)
+    return members
+
+
+def put_frozen_fragments(opened: Opened, models: Sequence[Mapping[str, Any]]) -> None:
+    """Enter the frozen weights of stage 3, of which every rank's model file has a piece."""
+    for name, shape in shapes_of(models[0].get("frozen_param_shapes") or {}).items():
+        each = -(-prod(shape) // len(models))
+        chunks = []
+        for rank, model in enumerate(models):
+            numel = max(0, min(each, prod(shape) - rank * each))
+            segments = Run([model["frozen_param_fragments"][name]]).segments(0, numel)
+            chunks += chunks_of_run(opened.folder, shape, rank * each, segments)
+        put(opened, name, "", shape, chunks, models[0]["frozen_param_fragments"][name].dtype)
 
 
 def _is_flat(value: Any) -> bool:
@@ -157,16 +177,14 @@ def open_replicated(files: Files, opened: Opened, hints: Hints) -> None:
     inner = saved.get("optimizer_state_dict", saved)
     parameters = _unique_parameters(files)
     if "fp32_groups_flat" in saved:
-        opened.notes.append(
-            "stage 0 with a fused 16-bit optimizer keeps master weights and state of whole groups, which are not read"
-        )
+        _open_fused(files, opened, hints)
         return
     groups = inner["param_groups"]
     masters = [m for group in saved.get("fp32_groups", []) for m in group]
     order = [index for group in groups for index in group["params"]]
     shapes = {index: master.shape for index, master in zip(order, masters, strict=False)}
     shapes |= {i: v.shape for i, state in inner["state"].items() for v in state.values() if _is_shaped(v)}
-    members = members_of(groups, shapes, parameters, str(files.folder), hints.members)
+    members = members_of(groups, shapes, parameters, str(files.folder), hints.members, hints.frozen)
     names = [name for group in members for name in group]
     for index, name in zip(order, names, strict=True):
         for kind, value in inner["state"].get(index, {}).items():
@@ -180,6 +198,34 @@ def open_replicated(files: Files, opened: Opened, hints: Hints) -> None:
     for name, master in zip(names, masters, strict=False):
         opened.catalog.tensors[f"{MODEL}.{name}"] = whole_tensor(files.folder, master)
     put_groups(opened.catalog, groups, members)
+
+
+def _open_fused(files: Files, opened: Opened, hints: Hints) -> None:
+    """A fused 16-bit optimizer: the masters and the state of each group are one flat vector, in the group's order."""
+    saved, parameters = files.model["optimizer"], _unique_parameters(files)
+    inner, flats = saved["optimizer_state_dict"], saved["fp32_groups_flat"]
+    named = hints.members or [list(parameters)]
+    members = [[name for name in names if name not in hints.frozen] for names in named]
+    held = [sum(prod(parameters.get(name, (0,))) for name in names) for names in members]
+    if held != [flat.numel for flat in flats]:
+        raise CheckpointError(
+            f"{files.folder}: the optimizer keeps its groups as vectors of {[flat.numel for flat in flats]} elements, "
+            f"and those named have {held}. Load it through the engine that will train on, or name the parameters: "
+            "--groups FILE, a JSON list of each group's parameter names"
+        )
+    for position, (options, names) in enumerate(zip(inner["param_groups"], members, strict=True)):
+        state = inner["state"].get(options["params"][0], {})
+        runs = {"": Run([flats[position]]), **{k: Run([v]) for k, v in state.items() if _is_flat(v)}}
+        scalars = {k: v.read() if isinstance(v, Stored) else v for k, v in state.items() if not _is_flat(v)}
+        start = 0
+        for name in names:
+            shape = parameters[name]
+            for kind, run in runs.items():
+                chunks = chunks_of_run(files.folder, shape, 0, run.segments(start, prod(shape)))
+                put(opened, name, kind, shape, chunks, run.dtype)
+            put_scalars(opened, name, scalars)
+            start += prod(shape)
+    put_groups(opened.catalog, inner["param_groups"], members)
 
 
 def _is_shaped(value: Any) -> bool:

@@ -43,6 +43,8 @@ class Hints:
 
     members: Sequence[Sequence[str]] | None = None
     """The parameters of each optimizer group, in order: for state that is stored by position alone."""
+    frozen: frozenset[str] = frozenset()
+    """Those of them that are not trained, which the optimizer that was saved may not have had."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Format(Protocol):
 
     name: str
     title: str
+    honours: frozenset[str]
+    """The fields of `Options` that `write` follows; others are refused."""
 
     def detect(self, path: Path) -> bool:
         """Whether `path`, a file or a folder, is a checkpoint of this kind, by the names in it."""

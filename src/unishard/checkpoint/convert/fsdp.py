@@ -39,6 +39,7 @@ class FsdpFormat:
 
     name = "fsdp"
     title = "FSDP1 sharded state dicts"
+    honours: frozenset[str] = frozenset()
 
     def detect(self, path: Path) -> bool:
         return path.is_dir() and len(_rank_files(path)) > 0

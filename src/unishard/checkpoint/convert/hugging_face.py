@@ -53,6 +53,9 @@ class HuggingFaceFormat:
 
     name = "safetensors"
     title = "Hugging Face safetensors"
+    honours = frozenset(
+        {"dtype", "weights_only", "exclude_frozen", "overwrite", "max_shard_bytes", "like", "pickled"}
+    )
 
     def detect(self, path: Path) -> bool:
         if path.is_file():
@@ -82,6 +85,10 @@ class HuggingFaceFormat:
     def write(self, source: Source, target: Path, options: Options) -> tuple[Path, list[str]]:
         weights = source.weights()
         one_file = target.suffix == ".safetensors"
+        if one_file and (options.like is not None or options.pickled):
+            raise CheckpointError(
+                f"{target} is one file; name a folder to have a configuration or other files in it"
+            )
         shards = [list(weights)] if one_file else _shards(weights, options.max_shard_bytes)
         with aside(target, folder=not one_file, overwrite=options.overwrite) as draft:
             if one_file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from unishard.errors import CheckpointError
@@ -16,6 +16,7 @@ def members_of(
     parameters: Mapping[str, Shape],
     where: str,
     given: Sequence[Sequence[str]] | None = None,
+    frozen: Collection[str] = (),
 ) -> list[list[str]]:
     """The parameter names of each group of `optimizer.state_dict()["param_groups"]`, in the order of its `params`.
 
@@ -25,6 +26,7 @@ def members_of(
     Args:
         shapes: of the state, by position; parameters that were never stepped have none.
         parameters: of the model, in its order, tied ones once.
+        frozen: those of `given` that the state may leave out.
 
     Raises `CheckpointError` where shapes do not decide.
 
@@ -36,6 +38,8 @@ def members_of(
     if all(group.get("param_names") for group in groups):
         return [list(group["param_names"]) for group in groups]
     if given is not None:
+        if [len(group["params"]) for group in groups] != [len(named) for named in given]:
+            given = [[name for name in named if name not in frozen] for named in given]
         return _checked(groups, shapes, parameters, where, given)
     order = [position for group in groups for position in group["params"]]
     if len(groups) == 1 and len(order) == len(parameters):

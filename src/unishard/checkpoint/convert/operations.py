@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 
 from unishard.checkpoint.boxes import pieces
 from unishard.checkpoint.catalog import Catalog
-from unishard.checkpoint.convert.format import Hints, Opened, Options
+from unishard.checkpoint.convert.format import Format, Hints, Opened, Options
 from unishard.checkpoint.convert.registry import get, open_checkpoint
 from unishard.checkpoint.convert.source import PIECE, Source
 from unishard.checkpoint.keys import GROUPS, TRUST
@@ -58,6 +59,7 @@ def convert(
     writer = get(to)
     opened = open_checkpoint(source, tag=tag, format=format, hints=hints)
     options = options or Options()
+    _require_honoured(writer, options)
     if check and opened.format != "unishard":  # ours is compared while it is read
         problems = list(verify(opened))
         if problems:
@@ -69,6 +71,16 @@ def convert(
     ):
         path, notes = writer.write(reading, Path(target), options)
     return Converted(path, [*opened.notes, *notes])
+
+
+def _require_honoured(writer: Format, options: Options) -> None:
+    given = [f.name for f in fields(Options) if getattr(options, f.name) != f.default]
+    if writer.honours:  # a format that is only read says so itself
+        for name in given:
+            if name not in writer.honours:
+                raise CheckpointError(
+                    f"{name}={getattr(options, name)!r} has no meaning for {writer.title}; leave it out"
+                )
 
 
 def verify(opened: Opened) -> Iterator[str]:

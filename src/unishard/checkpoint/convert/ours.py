@@ -26,6 +26,7 @@ class UnishardFormat:
 
     name = "unishard"
     title = "unishard"
+    honours = frozenset({"dtype", "weights_only", "exclude_frozen", "overwrite", "tag"})
 
     def detect(self, path: Path) -> bool:
         return (path / MANIFEST).is_file()
@@ -83,16 +84,17 @@ class UnishardFormat:
 
 def _write_tensors(source: Source, file: RankFile) -> None:
     for name, info in source.weights().items():
-        _write(file, f"{MODEL}.{name}", info.shape, source.weight_pieces(name))
+        add_in_pieces(file, f"{MODEL}.{name}", info.shape, source.weight_pieces(name))
     for name, kinds in source.states().items():
         for kind, info in kinds.items():
             key = f"{STATE}.{name}.{kind}"
-            _write(file, key, info.shape, source.pieces(key))
+            add_in_pieces(file, key, info.shape, source.pieces(key))
 
 
-def _write(
+def add_in_pieces(
     file: RankFile, key: str, shape: tuple[int, ...], pieces: Iterator[tuple[Box, torch.Tensor]]
 ) -> None:
+    """Write a tensor of which only one piece is in memory at a time."""
     for box, tensor in pieces:
         file.add_tensor(key, shape, box, tensor)
 
@@ -110,7 +112,7 @@ def _write_values(source: Source, file: RankFile) -> None:
 
 
 def _about(source: Source) -> dict[str, Any]:
-    carried = ("samples", "frozen_excluded", "buffers", "config", "sharding")
+    carried = ("samples", "frozen_excluded", "frozen", "config", "sharding")
     kept = {k: v for k, v in source.about.items() if k in carried}
     return {
         **kept,

@@ -48,21 +48,17 @@ class Source:
         """By parameter or buffer name, tied ones once, in the dtype that they are to have."""
         names = keys_of(MODEL, self._catalog.tensors)
         if self._options.exclude_frozen:
-            frozen = self._frozen(names)
+            frozen = self._frozen()
             names = [name for name in names if name not in frozen]
         return {name: self._wanted(self._catalog.tensors[f"{MODEL}.{name}"]) for name in names}
 
-    def _frozen(self, names: list[str]) -> set[str]:
-        """What is neither trained nor a buffer."""
-        keys = [k for k in keys_of(GROUPS, self._catalog.blobs) if k.endswith(".params")]
-        buffers = self.about.get("buffers")
-        if not keys or buffers is None:
+    def _frozen(self) -> set[str]:
+        frozen = self.about.get("frozen")
+        if frozen is None:
             raise CheckpointError(
-                f"{self.opened.folder} does not say which weights are frozen and which are buffers, so frozen ones "
-                "cannot be left out"
+                f"{self.opened.folder} does not say which weights are frozen, so they cannot be left out"
             )
-        trained = {name for key in keys for name in self._reader.blob(f"{GROUPS}.{key}")}
-        return set(names) - trained - set(buffers)
+        return set(frozen)
 
     def ties(self) -> dict[str, str]:
         """Further names of tied weights, with the name under which they are kept."""

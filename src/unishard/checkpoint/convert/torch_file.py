@@ -42,6 +42,7 @@ class TorchFormat:
 
     name = "torch"
     title = "torch.save"
+    honours = frozenset({"dtype", "weights_only", "exclude_frozen", "overwrite"})
 
     def detect(self, path: Path) -> bool:
         if not path.is_file() or path.suffix not in _SUFFIXES:
@@ -176,7 +177,7 @@ def put_optimizer(
         for v in kinds.values()
         if isinstance(v, Stored) and v.shape
     }
-    members = members_of(groups, shapes, parameters, where, hints.members)
+    members = members_of(groups, shapes, parameters, where, hints.members, hints.frozen)
     positions = [position for group in groups for position in group["params"]]
     for position, name in zip(positions, [n for group in members for n in group], strict=True):
         for kind, value in state.get(position, {}).items():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from unishard.checkpoint.archive import _storage_kind
+from unishard.checkpoint.archive import storage_kind
 from unishard.checkpoint.boxes import row_strides
 from unishard.checkpoint.storage import raw_bytes
 
@@ -44,7 +44,7 @@ class _Tensor:
 
     def __reduce__(self) -> Any:
         dtype, shape = self._streamed.dtype, self._streamed.shape
-        storage = _Storage(("storage", _storage_kind(dtype), self._record, "cpu", prod(shape)))
+        storage = _Storage(("storage", storage_kind(dtype), self._record, "cpu", prod(shape)))
         return _rebuild_tensor_v2, (storage, 0, torch.Size(shape), row_strides(shape), False, OrderedDict())
 
 

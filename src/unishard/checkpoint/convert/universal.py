@@ -6,7 +6,9 @@ from them, the counters and the schedule; frozen weights and buffers it leaves a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,24 @@ import torch
 from unishard.checkpoint.catalog import Catalog, TensorInfo
 from unishard.checkpoint.commit import write_durably
 from unishard.checkpoint.convert.aside import aside
+from unishard.checkpoint.convert.deepspeed_stages import (
+    members_of_sub_groups,
+    put_frozen_fragments,
+    shapes_of,
+)
 from unishard.checkpoint.convert.deepspeed_values import put_values
 from unishard.checkpoint.convert.format import (
     Hints,
     Opened,
     Options,
     Progress,
+    Run,
+    chunks_of_run,
     note_files,
     put_groups,
     scalar,
     whole_tensor,
 )
-from unishard.checkpoint.convert.matching import members_of
 from unishard.checkpoint.convert.records import verify_records
 from unishard.checkpoint.convert.source import Source
 from unishard.checkpoint.convert.torch_file import weights_to_write
@@ -44,24 +52,27 @@ class UniversalFormat:
 
     name = "deepspeed-universal"
     title = "DeepSpeed universal"
+    honours = frozenset({"exclude_frozen", "overwrite", "tag", "torch_optimizer"})
 
     def detect(self, path: Path) -> bool:
         return (path / "zero" / "optimizer_state.pt").is_file()
 
     def open(self, path: Path, hints: Hints) -> Opened:
-        models = sorted(path.glob("*mp_rank_00_model_states.pt"))
-        if not models:
-            raise CorruptCheckpointError(f"{path}: *mp_rank_00_model_states.pt is missing")
-        model = Archive(models[0]).content
+        models = [Archive(file).content for file in _model_files(path)]
+        model = models[0]
         zero = Archive(path / "zero" / "optimizer_state.pt").content
         about = {"writer": "deepspeed", "version": model.get("ds_version"), "step": model.get("global_steps")}
         opened = Opened(path, Catalog(about={**about, "config": model.get("ds_config")}), self.name)
+        shapes = {
+            n: shape for group in model.get("param_shapes") or [] for n, shape in shapes_of(group).items()
+        }
         for folder in sorted(p for p in (path / "zero").iterdir() if p.is_dir()):
-            _put_parameter(opened, folder)
+            _put_parameter(opened, folder, shapes)
         _put_common_step(opened, zero)
+        put_frozen_fragments(opened, models)
         _put_rest(opened, model)
         put_values(model, zero, opened)
-        _put_options(opened, model, zero, hints)
+        _put_options(opened, model, zero)
         return note_files(opened)
 
     def verify(self, opened: Opened, progress: Progress) -> Iterator[str]:
@@ -87,21 +98,37 @@ class UniversalFormat:
                 draft / "zero" / "optimizer_state.pt",
                 _optimizer_state(groups, _counter(source, step, options)),
             )
-            _write_model_files(draft, source, set(trained))
+            _write_model_files(draft, source, set(states) & set(trained))
         for pointer in ("latest", "latest_universal"):
             write_durably(target / pointer, tag.encode())
-        return target / tag, _notes(source, set(trained))
+        return target / tag, _notes(source, set(states) & set(trained))
 
 
 # reading --------------------------------------------------------------------------------------------------------
 
 
-def _put_parameter(opened: Opened, folder: Path) -> None:
+def _model_files(path: Path) -> list[Path]:
+    """One file; or, of stage 3, one of each rank."""
+    if (path / "mp_rank_00_model_states.pt").is_file():
+        return [path / "mp_rank_00_model_states.pt"]
+    found = path.glob("zero_pp_rank_*_mp_rank_00_model_states.pt")
+    files = sorted(found, key=lambda file: int(file.name.split("_")[3]))
+    if not files:
+        raise CorruptCheckpointError(f"{path}: *mp_rank_00_model_states.pt is missing")
+    return files
+
+
+def _put_parameter(opened: Opened, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for file in sorted(folder.glob("*.pt")):
         content = Archive(file).content
         value = content.get("param") if isinstance(content, Mapping) else content
         key = f"{MODEL}.{folder.name}" if file.stem == "fp32" else f"{STATE}.{folder.name}.{file.stem}"
-        if isinstance(value, Stored) and value.shape:
+        shape = shapes.get(folder.name, ())
+        if isinstance(value, Stored) and len(value.shape) == 1 and value.numel == prod(shape):
+            # Stage 3's are flat.
+            chunks = chunks_of_run(opened.folder, shape, 0, Run([value]).segments(0, value.numel))
+            opened.catalog.tensors[key] = TensorInfo(shape, value.dtype, chunks)
+        elif isinstance(value, Stored) and value.shape:
             opened.catalog.tensors[key] = whole_tensor(opened.folder, value)
         elif value is not None:
             opened.catalog.tensors[key] = scalar(value.read() if isinstance(value, Stored) else value)
@@ -132,19 +159,13 @@ def _put_rest(opened: Opened, model: Mapping[str, Any]) -> None:
             catalog.tensors[f"{MODEL}.{name}"] = whole_tensor(opened.folder, stored)
 
 
-def _put_options(opened: Opened, model: Mapping[str, Any], zero: Mapping[str, Any], hints: Hints) -> None:
+def _put_options(opened: Opened, model: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
     inner = zero.get("optimizer_state_dict")
     groups = zero.get("param_groups") or (inner["param_groups"] if inner else [])
-    named = [list(shapes) for shapes in model.get("param_shapes") or []]
-    if len(named) != len(groups):
-        return
-    wanted = [
-        {**group, "params": list(range(len(names)))} for group, names in zip(groups, named, strict=True)
-    ]
-    shapes = {n: opened.catalog.tensors[f"{MODEL}.{n}"].shape for names in named for n in names}
-    put_groups(
-        opened.catalog, groups, members_of(wanted, {}, shapes, str(opened.folder), hints.members or named)
-    )
+    sub_groups = model.get("param_shapes") or []
+    # One for each of the optimizer's parameters, which are one a group in stages 1 and 2.
+    if sum(len(group["params"]) for group in groups) == len(sub_groups):
+        put_groups(opened.catalog, groups, members_of_sub_groups(groups, sub_groups))
 
 
 # writing --------------------------------------------------------------------------------------------------------
@@ -225,7 +246,11 @@ def _write_model_files(draft: Path, source: Source, trained: set[str]) -> None:
     }
     _write(draft / "mp_rank_00_model_states.pt", content)
     # Stage 3 looks for a file of its first rank.
-    (draft / "zero_pp_rank_0_mp_rank_00_model_states.pt").hardlink_to(draft / "mp_rank_00_model_states.pt")
+    again = draft / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    try:
+        again.hardlink_to(draft / "mp_rank_00_model_states.pt")
+    except OSError:  # a file system without links
+        shutil.copy2(draft / "mp_rank_00_model_states.pt", again)
 
 
 def _schedule(state: Any) -> Any:
