@@ -25,7 +25,7 @@ from unishard.optim.loss_scale import DynamicLossScale, LossScale, NoLossScale, 
 from unishard.optim.schedules import build_schedule
 from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_groups
 from unishard.sharding.build import ShardPlan
-from unishard.sharding.heap import trim_heap
+from unishard.sharding.heap import keep_heap_small
 from unishard.sharding.in_place import ShardedModel, shard_in_place
 from unishard.sharding.placement import preset
 from unishard.sharding.ports import ON_DEVICE
@@ -113,10 +113,10 @@ def initialize(
 
         mark_leaves(model, leaves.classes, leaves.names, leaves.name_suffixes)
     tiers = build_tiers(rc, axes, device)
+    if tiers is not ON_DEVICE:
+        keep_heap_small()
     plan = ShardPlan(preset(rc.sharding), axes, _precision(rc), device, tiers=tiers)
     sharded = shard_in_place(model, plan)
-    if tiers is not ON_DEVICE:
-        trim_heap()
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
     scheduler = _scheduler(lr_scheduler, wrapped, rc)
