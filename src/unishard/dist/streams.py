@@ -45,15 +45,10 @@ class Copy:
             if self._target.device.type == "cpu":
                 event.synchronize()
             else:
-                torch.get_device_module(self._target.device).current_stream(self._target.device).wait_event(event)
-                # Only the stream has waited; whoever frees the source next must not overtake it.
-                self._source = self._source if self._source is None else _shared_with_stream(self._source)
+                # Memory of either tensor that is freed now is used again by the stream that waits here.
+                device = self._target.device
+                torch.get_device_module(device).current_stream(device).wait_event(event)
         self._source = None
-
-
-def _shared_with_stream(source: torch.Tensor) -> None:
-    if source.device.type != "cpu":
-        source.record_stream(torch.get_device_module(source.device).current_stream(source.device))
 
 
 _side_streams: dict[torch.device, Any] = {}
