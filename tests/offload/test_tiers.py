@@ -209,3 +209,26 @@ def test_pinning_needs_an_accelerator_and_has_a_budget(monkeypatch: pytest.Monke
     assert budget.taken == 0
     other.allocate("d", 25, torch.float32)
     assert budget.taken == 100
+
+
+def test_host_memory_that_a_device_still_reads_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream has waited for the fetch, and the host not yet: the host has to, before it changes the memory."""
+    from unishard.dist.streams import Copy
+    from unishard.offload import memory
+
+    late: list[str] = []
+
+    class Late(Copy):
+        def synchronize(self) -> None:
+            late.append("waited")
+
+    monkeypatch.setattr(memory, "start_copy", lambda target, source: Late(target.copy_(source), source))
+    tier = CpuTier()
+    tier.put("key", torch.ones(3))
+    tier.wait(tier.fetch("key", torch.empty(3)))
+    assert not late
+    tier.resident("key")
+    assert late == ["waited"]
+    tier.wait(tier.fetch("key", torch.empty(3)))
+    tier.store("key", torch.zeros(3))
+    assert late == ["waited"] * 2

@@ -40,15 +40,19 @@ class Copy:
 
     def wait(self) -> None:
         """Return once the target may be read: by the host if it is host memory, else by the current stream."""
-        event, self._event = self._event, None
-        if event is not None:
+        if self._event is not None:
             if self._target.device.type == "cpu":
-                event.synchronize()
+                self._event.synchronize()
             else:
                 # Memory of either tensor that is freed now is used again by the stream that waits here.
                 device = self._target.device
-                torch.get_device_module(device).current_stream(device).wait_event(event)
+                torch.get_device_module(device).current_stream(device).wait_event(self._event)
         self._source = None
+
+    def synchronize(self) -> None:
+        """Return once the host may change the source. After `wait()` only a stream has waited, if the target is its."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 _side_streams: dict[torch.device, Any] = {}
