@@ -131,7 +131,12 @@ class SwapFile:
     # trouble -----------------------------------------------------------------------------------------------
 
     def check(self, key: str) -> None:
-        """Raise `OffloadError` if the file was deleted or cut since it was made."""
+        """Raise `OffloadError` if the file was deleted or cut since it was made, or is another process's."""
+        if self._process != os.getpid():
+            raise OffloadError(
+                f"rank {self.rank}: {key} rests in the swap file {self.path} of process {self._process}, and a process "
+                f"forked from it ({os.getpid()}) asks for it; make a tier of its own there"
+            )
         status = os.fstat(self.descriptor)
         if status.st_nlink == 0:
             raise self.loss(key, "was deleted")
