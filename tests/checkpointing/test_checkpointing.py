@@ -183,6 +183,21 @@ def test_contiguous_inputs_lie_in_one_buffer_and_slots_are_reused() -> None:
         assert len(slots._free) == 2
 
 
+def test_what_recomputation_was_given_is_not_overwritten() -> None:
+    """A function may keep what it was given; the slot goes to the next checkpoint."""
+    checkpointing.configure(None, contiguous_checkpointing=True, num_checkpoints=1)
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.detach())
+        return torch.sin(x)
+
+    for value in (1.0, 2.0):
+        x = torch.full((4,), value, requires_grad=True) * 1
+        checkpointing.checkpoint(function, x).sum().backward()
+    assert [tensor[0].item() for tensor in seen] == [1, 1, 2, 2]
+
+
 def test_more_checkpoints_than_promised() -> None:
     checkpointing.configure(None, contiguous_checkpointing=True, num_checkpoints=2)
     x = torch.randn(16, requires_grad=True) * 1
