@@ -113,7 +113,7 @@ class DeepSpeed(Contestant):
     """The handle that DeepSpeed's swapper uses, on memory that it has page-locked."""
 
     def __init__(self, folder: Path, nbytes: int, block: int, depth: int, threads: int) -> None:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
+        from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
         self.name = f"DeepSpeed {block // MIB} MiB x {depth}, {threads} threads"
         self._handle: Any = (
@@ -167,7 +167,8 @@ def measure(entries: list[Contestant], rounds: int, nbytes: int) -> dict[str, di
     """MB/s by contestant and direction; who begins changes from round to round."""
     rates: dict[str, dict[str, list[float]]] = {c.name: {"write": [], "read": [], "cpu": []} for c in entries}
     for contestant in entries:  # once for files and memory that are new
-        contestant.write(), contestant.read()
+        contestant.write()
+        contestant.read()
     for number in range(rounds):
         shift = number % len(entries)
         for contestant in entries[shift:] + entries[:shift]:

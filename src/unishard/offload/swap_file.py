@@ -120,6 +120,8 @@ class SwapFile:
                 # A file system without preallocation; where libc would write single bytes, O_DIRECT refuses them.
                 _write_zeros(self.descriptor, end, size)
         except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.descriptor, end)  # what was had of it is for others
             raise self.refusal(error, key, f"enlarged by {size} bytes to {end + size}") from error
         self._room.grow(size)
 
