@@ -202,13 +202,23 @@ def test_pinning_needs_an_accelerator_and_has_a_budget(monkeypatch: pytest.Monke
     tier.allocate("a", 20, torch.float32)
     other.allocate("b", 20, torch.float32)
     other.allocate("c", 20, torch.float32)
-    assert asked == [True], "80 of 100 bytes are taken by the first"
+    assert asked == [True, False, False], "80 of 100 bytes are taken by the first"
     assert budget.taken == 80
     assert caplog.text.count("budget of 100 bytes of pinned memory is used up at b") == 1
     tier.close()
     assert budget.taken == 0
     other.allocate("d", 25, torch.float32)
     assert budget.taken == 100
+
+
+def test_the_default_budget_is_divided_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = PinnedBudget().limit
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert PinnedBudget().limit == alone // 4
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) * 1024
+    assert alone == pytest.approx(total / 4, rel=0.05)
 
 
 def test_host_memory_that_a_device_still_reads_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:

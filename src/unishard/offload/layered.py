@@ -12,7 +12,7 @@ from unishard.sharding.ports import Ticket, Tier
 
 
 class LayeredTier:
-    """Each key rests wholly on one of `layers`, pairs of a tier and the bytes it may hold.
+    """Each key rests wholly on one of `layers`, pairs of a tier and the bytes it may hold, and closed with this.
 
     DeepSpeed's `max_in_cpu` is `[(CpuTier(), bytes), (NvmeTier(path), math.inf)]`; ZeRO-Offload++'s `ratio` is
     `[(DeviceTier(device), share), (CpuTier(), math.inf)]`.
