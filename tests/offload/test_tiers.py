@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,34 @@ def test_host_memory_that_a_device_still_reads_does_not_change(monkeypatch: pyte
     tier.wait(tier.fetch("key", torch.empty(3)))
     tier.store("key", torch.zeros(3))
     assert late == ["waited"] * 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_sequence_of_calls_gives_what_was_stored_last(tier: Tier, seed: int) -> None:
+    numbers = random.Random(seed)
+    expected: dict[str, torch.Tensor] = {}
+    reading: list[tuple[Any, torch.Tensor]] = []
+    writing: list[Any] = []
+    for step in range(400):
+        key = f"k{numbers.randrange(12)}"
+        action = numbers.choice(["store", "store", "fetch", "fetch", "fetch", "discard", "wait"])
+        if action == "store":
+            if key not in expected:
+                tier.allocate(key, numbers.choice([1, 777, 4096, 9000]), torch.float32)
+                expected[key] = torch.zeros(tier.spec(key)[0])
+            expected[key] = torch.full_like(expected[key], float(step))
+            writing.append(tier.store(key, expected[key].clone()))
+        elif action == "fetch" and key in expected:
+            into = torch.full_like(expected[key], -1.0)
+            reading.append((tier.fetch(key, into), expected[key]))
+        elif action == "discard" and key in expected:
+            tier.discard(key)
+            del expected[key]
+        elif action == "wait" and reading:
+            ticket, value = reading.pop(numbers.randrange(len(reading)))
+            assert torch.equal(tier.wait(ticket), value)
+    for ticket, value in reading:
+        assert torch.equal(tier.wait(ticket), value)
+    for ticket in writing:
+        tier.wait(ticket)
+    assert set(tier.keys()) == set(expected)
