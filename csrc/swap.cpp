@@ -41,21 +41,16 @@ namespace {
 // Page-aligned memory of one thread, for arrays and ends of arrays that O_DIRECT cannot take as they are.
 class Bounce {
   public:
+    static constexpr std::size_t size = std::size_t{1} << 20;
+
     ~Bounce() { std::free(data_); }
-    char* of(std::size_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = 0;
-            data_ = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
-            if (data_ == nullptr) return nullptr;
-            size_ = bytes;
-        }
+    char* data() {
+        if (data_ == nullptr) data_ = static_cast<char*>(std::aligned_alloc(4096, size));
         return data_;
     }
 
   private:
     char* data_ = nullptr;
-    std::size_t size_ = 0;
 };
 
 Outcome move(const Transfer& transfer, char* data, std::size_t bytes, std::uint64_t offset) {
@@ -74,17 +69,20 @@ Outcome move(const Transfer& transfer, char* data, std::size_t bytes, std::uint6
 }
 
 Outcome move_through(Bounce& bounce, const Transfer& transfer, char* data, std::size_t bytes, std::uint64_t offset) {
-    const std::size_t padded = (bytes + transfer.alignment - 1) & ~(transfer.alignment - 1);
-    char* aligned = bounce.of(padded);
+    char* const aligned = bounce.data();
     if (aligned == nullptr) return {Ending::failed, ENOMEM, offset};
-    if (transfer.write) {
-        std::memcpy(aligned, data, bytes);
-        std::memset(aligned + bytes, 0, padded - bytes);
-        return move(transfer, aligned, padded, offset);
+    for (std::size_t at = 0; at < bytes; at += Bounce::size) {
+        const std::size_t part = std::min(Bounce::size, bytes - at);
+        const std::size_t padded = (part + transfer.alignment - 1) & ~(transfer.alignment - 1);
+        if (transfer.write) {
+            std::memcpy(aligned, data + at, part);
+            std::memset(aligned + part, 0, padded - part);
+        }
+        const Outcome outcome = move(transfer, aligned, padded, offset + at);
+        if (outcome.ending != Ending::well) return outcome;
+        if (!transfer.write) std::memcpy(data + at, aligned, part);
     }
-    const Outcome outcome = move(transfer, aligned, padded, offset);
-    if (outcome.ending == Ending::well) std::memcpy(data, aligned, bytes);
-    return outcome;
+    return {};
 }
 
 Outcome move_block(Bounce& bounce, const Transfer& transfer, std::size_t start, std::size_t bytes,

@@ -62,7 +62,7 @@ class Unishard(Contestant):
 
     def __init__(self, folder: Path, nbytes: int, engine: type, block: int, depth: int) -> None:
         kind = "native" if engine is NativeTransfers else "python"
-        self.name = f"unishard {kind}, {block // MIB} MiB x {depth}"
+        self.name = f"{kind} {block // MIB} MiB x {depth}"
         self._tier = NvmeTier(folder, rank=0, transfers=engine(block, depth))
         numel = nbytes // TENSORS // 4
         self._tensors = [aligned_empty(numel, torch.float32).normal_() for _ in range(TENSORS)]
@@ -85,16 +85,16 @@ class Unishard(Contestant):
 
 
 class Fio(Contestant):
-    """A second by fio's own clock, which leaves its start out."""
+    """Half a second by fio's own clock, which leaves its start out."""
 
     def __init__(self, folder: Path, nbytes: int, block: int, depth: int, huge: bool) -> None:
-        self.name = f"fio libaio, {block // MIB} MiB x {depth}" + (", huge pages" if huge else "")
+        self.name = f"fio {block // MIB} MiB x {depth}" + (" huge" if huge else "")
         self._nbytes = nbytes
         self._environment = {**os.environ, "GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(huge)}"}
         self._command = [
             "fio", "--name=swap", f"--filename={folder / 'fio'}", f"--size={nbytes}", f"--bs={block}",
             f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--overwrite=1", "--output-format=json",
-            "--time_based", "--runtime=1",
+            "--time_based", "--runtime=500ms",
         ]  # fmt: skip
 
     def _run(self, direction: str) -> float:
@@ -113,9 +113,9 @@ class DeepSpeed(Contestant):
     """The handle that DeepSpeed's swapper uses, on memory that it has page-locked."""
 
     def __init__(self, folder: Path, nbytes: int, block: int, depth: int, threads: int) -> None:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
+        from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
-        self.name = f"DeepSpeed async_io, {block // MIB} MiB x {depth}, {threads} threads"
+        self.name = f"DeepSpeed {block // MIB} MiB x {depth}, {threads} threads"
         self._handle: Any = (
             AsyncIOBuilder().load(verbose=False).aio_handle(block, depth, False, True, threads)
         )
@@ -150,9 +150,9 @@ def contestants(folder: Path, nbytes: int, without: list[str]) -> list[Contestan
         except Exception as error:
             print(f"{kind} does not take part: {type(error).__name__}: {error}")
 
-    for block, depth in ((4, 8), (1, 8), (8, 8)):
+    for block, depth in ((8, 8), (4, 8), (1, 8)):
         add("native", lambda b=block, d=depth: Unishard(folder, nbytes, NativeTransfers, b * MIB, d))
-    add("python", lambda: Unishard(folder, nbytes, PythonTransfers, 4 * MIB, 8))
+    add("python", lambda: Unishard(folder, nbytes, PythonTransfers, 8 * MIB, 8))
     if shutil.which("fio"):
         for block, depth, huge in ((1, 8, False), (8, 8, False), (1, 8, True), (1, 32, True), (8, 8, True)):
             add("fio", lambda b=block, d=depth, h=huge: Fio(folder, nbytes, b * MIB, d, h))
@@ -167,7 +167,8 @@ def measure(entries: list[Contestant], rounds: int, nbytes: int) -> dict[str, di
     """MB/s by contestant and direction; who begins changes from round to round."""
     rates: dict[str, dict[str, list[float]]] = {c.name: {"write": [], "read": [], "cpu": []} for c in entries}
     for contestant in entries:  # once for files and memory that are new
-        contestant.write(), contestant.read()
+        contestant.write()
+        contestant.read()
     for number in range(rounds):
         shift = number % len(entries)
         for contestant in entries[shift:] + entries[:shift]:

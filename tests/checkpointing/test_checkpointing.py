@@ -183,6 +183,21 @@ def test_contiguous_inputs_lie_in_one_buffer_and_slots_are_reused() -> None:
         assert len(slots._free) == 2
 
 
+def test_what_recomputation_was_given_is_not_overwritten() -> None:
+    """A function may keep what it was given; the slot goes to the next checkpoint."""
+    checkpointing.configure(None, contiguous_checkpointing=True, num_checkpoints=1)
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.detach())
+        return torch.sin(x)
+
+    for value in (1.0, 2.0):
+        x = torch.full((4,), value, requires_grad=True) * 1
+        checkpointing.checkpoint(function, x).sum().backward()
+    assert [tensor[0].item() for tensor in seen] == [1, 1, 2, 2]
+
+
 def test_more_checkpoints_than_promised() -> None:
     checkpointing.configure(None, contiguous_checkpointing=True, num_checkpoints=2)
     x = torch.randn(16, requires_grad=True) * 1
@@ -333,3 +348,22 @@ def test_each_tensor_parallel_rank_keeps_its_part(ranks: Callable[..., Any], opt
         assert torch.equal(found, expected)
         assert kept == 18, "half of 35 elements, rounded up"
     assert not torch.equal(results[0][3], results[1][3]), "ranks draw different numbers where they hold parts"
+
+
+def test_initialize_sets_the_keys_of_its_configuration() -> None:
+    import unishard
+
+    mpu = object()
+    checkpointing.configure(mpu, synchronize=True)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "activation_checkpointing": {"cpu_checkpointing": True, "number_checkpoints": 3},
+    }
+    unishard.initialize(model=nn.Linear(2, 2), config=config)
+    now = settings.current()
+    assert (now.mpu, now.synchronize, now.in_cpu, now.count) == (mpu, True, True, 3)
+    with pytest.raises(ConfigError, match="number_checkpoints to the number of checkpointed calls"):
+        unishard.initialize(
+            model=nn.Linear(2, 2),
+            config={**config, "activation_checkpointing": {"contiguous_memory_optimization": True}},
+        )

@@ -59,6 +59,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cycled-momentum-without-momentum": schedule("OneCycle", cycle_min_lr=0.1, cycle_max_lr=0.2)
     | {"optimizer": {"type": "Adagrad"}},
     "nesterov-without-momentum": {"optimizer": {"type": "SGD", "params": {"nesterov": True}}},
+    "contiguous-checkpoints-without-number": {
+        "activation_checkpointing": {"contiguous_memory_optimization": True}
+    },
 }
 WORLD = 4
 

@@ -143,8 +143,56 @@ def busy_together(log: list[tuple[str, str]], a: str, b: str) -> bool:
     return False
 
 
-def run_logged(**options: Any) -> list[tuple[str, str]]:
-    tier = SlowTier(lambda direction, key: 0.005 if direction == "read" else 0.015)
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"buffer_count": 3}, {"read", "write"}),
+        ({"overlap_reads": False}, {"write"}),
+        ({"overlap_writes": False}, {"read"}),
+    ],
+)
+def test_transfers_run_during_the_update(options: dict[str, Any], kinds: set[str]) -> None:
+    """A transfer and the update that it should run beside wait for each other: apart, they would wait long."""
+    began = [threading.Event() for _ in range(GROUPS)]
+    read_began = [threading.Event() for _ in range(GROUPS)]
+    beside: list[bool] = []
+
+    def until_the_update(direction: str, key: str) -> float:
+        group = int(key[-1])
+        update = group + (1 if direction == "write" else -1)
+        if direction == "read":
+            read_began[group].set()
+        if filled and direction in kinds and 0 <= update < GROUPS:
+            beside.append(began[update].wait(5))
+        return 0.0
+
+    filled = False
+    tier = SlowTier(until_the_update)
+    groups = fill(tier)
+    filled = True
+
+    def update(index: int, tensors: list[torch.Tensor]) -> None:
+        began[index].set()
+        if "read" in kinds and index + 1 < GROUPS:
+            beside.append(read_began[index + 1].wait(5))
+        add_ten(index, tensors)
+
+    SwappedStep(groups, **options).run(update)
+    assert all(beside)
+    assert len(beside) == (GROUPS - 1) * (2 * len(kinds) + ("read" in kinds))
+
+
+@pytest.mark.parametrize(
+    ("options", "apart"),
+    [
+        ({"buffer_count": 1}, {"read", "write"}),
+        ({"overlap_reads": False, "overlap_writes": False}, {"read", "write"}),
+        ({"overlap_reads": False}, {"read"}),
+        ({"overlap_writes": False}, {"write"}),
+    ],
+)
+def test_what_may_not_overlap_does_not(options: dict[str, Any], apart: set[str]) -> None:
+    tier = SlowTier(lambda direction, key: 0.005)
     groups = fill(tier)
     tier.log.clear()
 
@@ -154,45 +202,11 @@ def run_logged(**options: Any) -> list[tuple[str, str]]:
         add_ten(index, tensors)
         tier.log.append(("update ends", str(index)))
 
-    SwappedStep(groups, **options).run(update)
-    return tier.log
-
-
-def test_reads_and_writes_run_during_the_update() -> None:
-    log = run_logged(buffer_count=3)
-    assert busy_together(log, "update", "read")
-    assert busy_together(log, "update", "write")
-    assert busy_together(log, "read", "write")
-
-
-@pytest.mark.parametrize(
-    ("options", "overlaps"),
-    [
-        ({"buffer_count": 1}, set()),
-        ({"overlap_reads": False, "overlap_writes": False}, set()),
-        ({"overlap_reads": False}, {"write"}),
-        ({"overlap_writes": False}, {"read"}),
-    ],
-)
-def test_what_may_not_overlap_does_not(options: dict[str, Any], overlaps: set[str]) -> None:
-    log = run_logged(**options)
-    assert {other for other in ("read", "write") if busy_together(log, "update", other)} == overlaps
-
-
-def test_overlap_saves_the_time() -> None:
-    tier = SlowTier(lambda direction, key: 0.02)
-    groups = fill(tier)
-
-    def update(index: int, tensors: list[torch.Tensor]) -> None:
-        time.sleep(0.02)
-        add_ten(index, tensors)
-
-    apart = SwappedStep(groups, buffer_count=1).run(update)
-    together = SwappedStep(groups, buffer_count=3).run(update)
-    assert apart.reading > 0.8 * GROUPS * 0.02
-    assert apart.writing > 0.8 * GROUPS * 0.02
-    assert together.reading < 0.5 * apart.reading
-    assert together.writing < 0.5 * apart.writing
+    times = SwappedStep(groups, **options).run(update)
+    assert not [other for other in apart if busy_together(tier.log, "update", other)]
+    assert times.updating >= 0.004 * GROUPS
+    assert times.reading > 0
+    assert times.writing > 0
 
 
 class Bug(Exception):

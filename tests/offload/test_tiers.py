@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,74 @@ def test_pinning_needs_an_accelerator_and_has_a_budget(monkeypatch: pytest.Monke
     tier.allocate("a", 20, torch.float32)
     other.allocate("b", 20, torch.float32)
     other.allocate("c", 20, torch.float32)
-    assert asked == [True], "80 of 100 bytes are taken by the first"
+    assert asked == [True, False, False], "80 of 100 bytes are taken by the first"
     assert budget.taken == 80
     assert caplog.text.count("budget of 100 bytes of pinned memory is used up at b") == 1
     tier.close()
     assert budget.taken == 0
     other.allocate("d", 25, torch.float32)
     assert budget.taken == 100
+
+
+def test_the_default_budget_is_divided_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = PinnedBudget().limit
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert PinnedBudget().limit == alone // 4
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) * 1024
+    assert alone == pytest.approx(total / 4, rel=0.05)
+
+
+def test_host_memory_that_a_device_still_reads_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream has waited for the fetch, and the host not yet: the host has to, before it changes the memory."""
+    from unishard.dist.streams import Copy
+    from unishard.offload import memory
+
+    late: list[str] = []
+
+    class Late(Copy):
+        def synchronize(self) -> None:
+            late.append("waited")
+
+    monkeypatch.setattr(memory, "start_copy", lambda target, source: Late(target.copy_(source), source))
+    tier = CpuTier()
+    tier.put("key", torch.ones(3))
+    tier.wait(tier.fetch("key", torch.empty(3)))
+    assert not late
+    tier.resident("key")
+    assert late == ["waited"]
+    tier.wait(tier.fetch("key", torch.empty(3)))
+    tier.store("key", torch.zeros(3))
+    assert late == ["waited"] * 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_sequence_of_calls_gives_what_was_stored_last(tier: Tier, seed: int) -> None:
+    numbers = random.Random(seed)
+    expected: dict[str, torch.Tensor] = {}
+    reading: list[tuple[Any, torch.Tensor]] = []
+    writing: list[Any] = []
+    for step in range(400):
+        key = f"k{numbers.randrange(12)}"
+        action = numbers.choice(["store", "store", "fetch", "fetch", "fetch", "discard", "wait"])
+        if action == "store":
+            if key not in expected:
+                tier.allocate(key, numbers.choice([1, 777, 4096, 9000]), torch.float32)
+                expected[key] = torch.zeros(tier.spec(key)[0])
+            expected[key] = torch.full_like(expected[key], float(step))
+            writing.append(tier.store(key, expected[key].clone()))
+        elif action == "fetch" and key in expected:
+            into = torch.full_like(expected[key], -1.0)
+            reading.append((tier.fetch(key, into), expected[key]))
+        elif action == "discard" and key in expected:
+            tier.discard(key)
+            del expected[key]
+        elif action == "wait" and reading:
+            ticket, value = reading.pop(numbers.randrange(len(reading)))
+            assert torch.equal(tier.wait(ticket), value)
+    for ticket, value in reading:
+        assert torch.equal(tier.wait(ticket), value)
+    for ticket in writing:
+        tier.wait(ticket)
+    assert set(tier.keys()) == set(expected)

@@ -109,6 +109,14 @@ def from_mpu(mpu: Any, what: str) -> Any:
     )
 
 
+_FIELDS = {
+    "partition_activations": "partition",
+    "contiguous_memory_optimization": "contiguous",
+    "number_checkpoints": "count",
+    "cpu_checkpointing": "in_cpu",
+    "synchronize_checkpoint_boundary": "synchronize",
+    "profile": "profile",
+}
 _DEFAULT = Settings()
 _current: Settings | None = None
 
@@ -156,16 +164,28 @@ def configure(
     unishard.errors.ConfigError: contiguous_memory_optimization (contiguous_checkpointing) needs number_checkpoints...
     """
     section = _section(deepspeed_config)
-    given = {
-        "partition": (partition_activations, section.partition_activations),
-        "contiguous": (contiguous_checkpointing, section.contiguous_memory_optimization),
-        "count": (num_checkpoints, section.number_checkpoints),
-        "in_cpu": (checkpoint_in_cpu, section.cpu_checkpointing),
-        "synchronize": (synchronize, section.synchronize_checkpoint_boundary),
-        "profile": (profile, section.profile),
+    values: dict[str, Any] = {field: getattr(section, key) for key, field in _FIELDS.items()}
+    arguments = {
+        "partition": partition_activations,
+        "contiguous": contiguous_checkpointing,
+        "count": num_checkpoints,
+        "in_cpu": checkpoint_in_cpu,
+        "synchronize": synchronize,
+        "profile": profile,
     }
-    values: dict[str, Any] = {name: own if own is not None else file for name, (own, file) in given.items()}
+    values |= {field: value for field, value in arguments.items() if value is not None}
     _install(Settings(mpu=mpu_, tier=tier, **values))
+
+
+def configure_keys(values: Mapping[str, Any]) -> None:
+    """Set keys of the section `activation_checkpointing`; the rest stays as configured.
+
+    >>> configure_keys({"cpu_checkpointing": True})
+    >>> current().in_cpu
+    True
+    """
+    fields = {_FIELDS[key]: value for key, value in values.items()}
+    _install(dataclasses.replace(current(), **fields, slots={}, tier=_own_tier(current())))
 
 
 def _section(source: Mapping[str, Any] | str | Path | None) -> ActivationCheckpointing:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from unishard.config.fields import Count, Section, Translated, not_available
-
-_PLAIN = "set it to false, and wrap blocks with torch.utils.checkpoint"
+from unishard.config.fields import Count, Honoured, Section, Translated
 
 
 class ActivationCheckpointing(Section):
-    """`activation_checkpointing`: which modules recompute is the model's choice; these keys only tune it."""
+    """`activation_checkpointing`: how functions that go through `unishard.checkpointing.checkpoint` keep their inputs.
 
-    partition_activations: Annotated[bool, not_available("partitioning saved activations", _PLAIN)] = False
-    cpu_checkpointing: Annotated[bool, not_available("offloading saved activations", _PLAIN)] = False
-    contiguous_memory_optimization: Annotated[
-        bool, not_available("a contiguous activation buffer", _PLAIN)
+    Which ones do is the model's choice.
+    """
+
+    partition_activations: Annotated[
+        bool,
+        Translated(
+            "inputs are divided among the tensor-parallel ranks that unishard.checkpointing.configure(mpu_) was told "
+            "of, and without it there is one"
+        ),
     ] = False
-    number_checkpoints: Annotated[
-        Count | None, Translated("it sizes the buffer of contiguous_memory_optimization, which is off")
-    ] = None
-    synchronize_checkpoint_boundary: Annotated[
-        bool, Translated("recomputation needs no synchronisation at its boundaries")
-    ] = False
-    profile: Annotated[bool, Translated("recomputation is not timed apart; use torch.profiler")] = False
+    cpu_checkpointing: Annotated[bool, Honoured()] = False
+    contiguous_memory_optimization: Annotated[bool, Honoured()] = False
+    number_checkpoints: Annotated[Count | None, Honoured()] = None
+    synchronize_checkpoint_boundary: Annotated[bool, Honoured()] = False
+    profile: Annotated[bool, Honoured()] = False
 
 
 class ActivationCheckpointingKeys(Section):

@@ -313,6 +313,16 @@ COMBINATIONS: tuple[Combination, ...] = (
         "{optimizer.params.dampening}",
         "set momentum (0.9, say) and dampening 0, or nesterov to false",
     ),
+    Combination(
+        "contiguous-checkpoints-without-number",
+        "activation_checkpointing.contiguous_memory_optimization",
+        lambda d: (
+            d.get("activation_checkpointing.contiguous_memory_optimization") is True
+            and d.get("activation_checkpointing.number_checkpoints") is None
+        ),
+        "one buffer for checkpointed inputs has no size without number_checkpoints",
+        "set number_checkpoints to the number of checkpointed calls in one forward pass",
+    ),
 )
 
 _GATHERS_AFTER_STEP = ("ZERO1", "ZERO2", "HYBRID_ZERO1", "HYBRID_ZERO2")

@@ -40,20 +40,19 @@ class Copy:
 
     def wait(self) -> None:
         """Return once the target may be read: by the host if it is host memory, else by the current stream."""
-        event, self._event = self._event, None
-        if event is not None:
+        if self._event is not None:
             if self._target.device.type == "cpu":
-                event.synchronize()
+                self._event.synchronize()
             else:
-                torch.get_device_module(self._target.device).current_stream(self._target.device).wait_event(event)
-                # Only the stream has waited; whoever frees the source next must not overtake it.
-                self._source = self._source if self._source is None else _shared_with_stream(self._source)
+                # Memory of either tensor that is freed now is used again by the stream that waits here.
+                device = self._target.device
+                torch.get_device_module(device).current_stream(device).wait_event(self._event)
         self._source = None
 
-
-def _shared_with_stream(source: torch.Tensor) -> None:
-    if source.device.type != "cpu":
-        source.record_stream(torch.get_device_module(source.device).current_stream(source.device))
+    def synchronize(self) -> None:
+        """Return once the host may change the source. After `wait()` only a stream has waited, if the target is its."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 _side_streams: dict[torch.device, Any] = {}

@@ -104,6 +104,7 @@ def initialize(
     ensure_process_group(device)
     rc, axes = _resolve(args, config if config is not None else config_params, model, mesh, device)
     _log_once(rc)
+    _configure_checkpointing(rc)
     if rc.seed is not None:
         torch.manual_seed(rc.seed)
     client = _client_optimizer(optimizer, model_parameters, model, rc)
@@ -184,6 +185,20 @@ def _log_once(rc: ResolvedConfig) -> None:
         if rc.dump_state:
             for row in rc.as_table():
                 log.info("unishard: %s = %s (%s)", row.key, row.value, row.origin)
+
+
+def _configure_checkpointing(rc: ResolvedConfig) -> None:
+    """What the configuration says about recomputation, over what `unishard.checkpointing.configure` was told before."""
+    section = rc.activation_checkpointing
+    given = {
+        key: getattr(section, key)
+        for key in type(section).model_fields
+        if rc.origin(f"activation_checkpointing.{key}") != "default"
+    }
+    if given:
+        from unishard.checkpointing.settings import configure_keys
+
+        configure_keys(given)
 
 
 def _precision(rc: ResolvedConfig) -> MixedPrecision:

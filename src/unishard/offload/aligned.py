@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import mmap
+import os
 from collections import deque
 from collections.abc import Sequence
 
@@ -105,6 +105,8 @@ class HostBuffers:
 class PinnedBudget:
     """Bytes of host memory that may be page-locked; shared by what is given the same budget.
 
+    By default a quarter of the host's memory, divided among the ranks on it (LOCAL_WORLD_SIZE).
+
     The system cannot move or swap page-locked memory, so what is beyond the budget is ordinary memory.
 
     >>> budget = PinnedBudget(100)
@@ -112,8 +114,8 @@ class PinnedBudget:
     (True, False, 60)
     """
 
-    def __init__(self, limit: int | float = math.inf) -> None:
-        self.limit = limit
+    def __init__(self, limit: int | float | None = None) -> None:
+        self.limit = _share_of_memory() if limit is None else limit
         self.taken = 0
 
     def take(self, nbytes: int) -> bool:
@@ -125,3 +127,8 @@ class PinnedBudget:
 
     def give(self, nbytes: int) -> None:
         self.taken -= nbytes
+
+
+def _share_of_memory() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // 4 // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

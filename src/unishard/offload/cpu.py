@@ -12,6 +12,7 @@ from unishard.offload.aligned import PinnedBudget, aligned_empty
 from unishard.offload.memory import MemoryEntry, MemoryTier
 
 _log = logging.getLogger("unishard")
+_SMALL = 65536  # bytes, below which pages of their own are not worth having
 
 
 @dataclass(slots=True)
@@ -59,6 +60,8 @@ class CpuTier(MemoryTier):
                 self._pinned.limit,
                 key,
             )
+        if nbytes < _SMALL:
+            return _HostEntry(numel, dtype, memory=torch.zeros(numel, dtype=dtype))
         # Fresh pages of the system are zero, and take no memory until they are written.
         return _HostEntry(numel, dtype, memory=aligned_empty(numel, dtype))
 

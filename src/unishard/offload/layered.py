@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from unishard.sharding.ports import Ticket, Tier
 
 
 class LayeredTier:
-    """Each key rests wholly on one of `layers`, pairs of a tier and the bytes it may hold.
+    """Each key rests wholly on one of `layers`, pairs of a tier and the bytes it may hold, and closed with this.
 
     DeepSpeed's `max_in_cpu` is `[(CpuTier(), bytes), (NvmeTier(path), math.inf)]`; ZeRO-Offload++'s `ratio` is
     `[(DeviceTier(device), share), (CpuTier(), math.inf)]`.
@@ -32,6 +33,8 @@ class LayeredTier:
         self._room = [float(room) for _, room in layers]
         self._homes: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        # A key may be discarded, and rest elsewhere, before its ticket is waited for.
+        self._origins: weakref.WeakKeyDictionary[Ticket, Tier] = weakref.WeakKeyDictionary()
         self.name = " + ".join(tier.name for tier in self._layers)
 
     def home(self, key: str) -> Tier:
@@ -63,13 +66,20 @@ class LayeredTier:
         return self.home(key).resident(key)
 
     def fetch(self, key: str, into: torch.Tensor) -> Ticket:
-        return self.home(key).fetch(key, into)
+        return self._remembered(self.home(key), self.home(key).fetch(key, into))
 
     def store(self, key: str, tensor: torch.Tensor) -> Ticket:
-        return self.home(key).store(key, tensor)
+        return self._remembered(self.home(key), self.home(key).store(key, tensor))
 
     def wait(self, ticket: Ticket) -> torch.Tensor:
-        return self.home(ticket.key).wait(ticket)
+        tier = self._origins.get(ticket)
+        if tier is None:
+            raise OffloadError(f"{self.name} tier: {ticket!r} is not one of its tickets")
+        return tier.wait(ticket)
+
+    def _remembered(self, tier: Tier, ticket: Ticket) -> Ticket:
+        self._origins[ticket] = tier
+        return ticket
 
     def discard(self, key: str) -> None:
         self.home(key).discard(key)

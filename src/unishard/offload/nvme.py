@@ -19,7 +19,7 @@ from unishard.offload.base import BaseTier, Entry, Transfer
 from unishard.offload.swap_file import SwapFile, default_run
 from unishard.offload.transfers import Ending, Outcome, Place, Transfers, best_transfers
 
-BLOCK = 4 << 20
+BLOCK = 8 << 20
 """Bytes of one operation on the disk."""
 DEPTH = 8
 """Operations on the disk at a time."""

@@ -120,6 +120,8 @@ class SwapFile:
                 # A file system without preallocation; where libc would write single bytes, O_DIRECT refuses them.
                 _write_zeros(self.descriptor, end, size)
         except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.descriptor, end)  # what was had of it is for others
             raise self.refusal(error, key, f"enlarged by {size} bytes to {end + size}") from error
         self._room.grow(size)
 
@@ -131,7 +133,12 @@ class SwapFile:
     # trouble -----------------------------------------------------------------------------------------------
 
     def check(self, key: str) -> None:
-        """Raise `OffloadError` if the file was deleted or cut since it was made."""
+        """Raise `OffloadError` if the file was deleted or cut since it was made, or is another process's."""
+        if self._process != os.getpid():
+            raise OffloadError(
+                f"rank {self.rank}: {key} rests in the swap file {self.path} of process {self._process}, and a process "
+                f"forked from it ({os.getpid()}) asks for it; make a tier of its own there"
+            )
         status = os.fstat(self.descriptor)
         if status.st_nlink == 0:
             raise self.loss(key, "was deleted")

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from unishard.offload.aligned import aligned_empty
+from unishard.offload.aligned import aligned_empty, padded
 
 _log = logging.getLogger("unishard")
+_BOUNCE = 1 << 20  # bytes
 _PATIENCE = 0.2  # seconds in the extension before Python may look at signals
 
 
@@ -170,13 +171,17 @@ def _aligned(
     rest = block[straight:]
     if outcome.ending != Ending.WELL or not len(rest):
         return outcome
-    size = -(-len(rest) // place.alignment) * place.alignment
-    bounce = _bytes_of(aligned_empty(size, torch.uint8))
-    if copy_in:
-        bounce[: len(rest)] = rest
-    outcome = _all_of(bounce, at + straight, move)
-    if not copy_in:
-        rest[:] = bounce[: len(rest)]
+    bounce = _bytes_of(aligned_empty(min(_BOUNCE, padded(len(rest))), torch.uint8))
+    for begin in range(0, len(rest), _BOUNCE):
+        part = rest[begin : begin + _BOUNCE]
+        if copy_in:
+            bounce[: len(part)] = part
+        whole = bounce[: -(-len(part) // place.alignment) * place.alignment]
+        outcome = _all_of(whole, at + straight + begin, move)
+        if outcome.ending != Ending.WELL:
+            return outcome
+        if not copy_in:
+            part[:] = bounce[: len(part)]
     return outcome
 
 
