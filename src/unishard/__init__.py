@@ -84,6 +84,7 @@ __all__ = [
     "ZERO2",
     "ZERO3",
     "auto_shard",
+    "checkpoint",
     "clip_grad_norm_",
     "describe",
     "fully_shard",
@@ -97,6 +98,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "checkpoint":
+        return importlib.import_module("unishard.checkpoint")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'unishard' has no attribute {name!r}")
@@ -110,6 +113,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from unishard import checkpoint as checkpoint
     from unishard.config import Config as Config
     from unishard.engine import Engine as Engine
     from unishard.engine import initialize as initialize
