@@ -216,6 +216,24 @@ def module_only(folder: str) -> None:
             assert torch.equal(a, b)
 
 
+def without_an_optimizer(folder: str) -> None:
+    engine = start("ZERO3")
+    run(engine, range(1))
+    engine.save_checkpoint(folder)
+    settings = config("ZERO3", dist.get_world_size())
+    del settings["optimizer"], settings["scheduler"], settings["gradient_clipping"]
+    reader = unishard.initialize(model=Frozen(), config=settings).engine
+    reader.load_checkpoint(folder)
+    assert reader.global_steps == 1
+    with unishard.gather(reader.module), unishard.gather(engine.module):
+        for a, b in zip(reader.module.parameters(), engine.module.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_engine_without_an_optimizer_loads(tmp_path: Path, ranks: Ranks) -> None:
+    ranks(without_an_optimizer, str(tmp_path))
+
+
 def test_weights_alone(tmp_path: Path, ranks: Ranks) -> None:
     ranks(module_only, str(tmp_path))
 

@@ -274,6 +274,7 @@ class Checkpoints:
         if module_only or saved is None:
             return
         engine.global_steps, engine.micro_steps = saved["global_steps"], saved["micro_steps"]
+        engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
         engine.global_samples = saved["global_samples"]
         if optimizer is not None:
             optimizer.skipped_steps = saved["skipped_steps"]
