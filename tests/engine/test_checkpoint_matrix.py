@@ -1,10 +1,13 @@
 """What any preset on 1 to 4 ranks saved, every other loads: the state bit for bit, and the next losses to rounding.
 
-Everybody saves once; each reader loads what a third of them saved, such that all presets and numbers of ranks meet.
+Everybody saves once, and readers load so much that every preset meets every other, and every number of ranks. With
+`make soak` everybody loads what everybody saved.
 """
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -77,20 +80,39 @@ def loads(
         assert found.keys() == state.keys()
         for name, value in state.items():
             assert torch.equal(found[name], value), (writer, name)
-        if position % 3 == 0 or "bf16" in (writer[2], layout[2]):
+        if position % 2 == 0 or "bf16" in (writer[2], layout[2]):
             tolerance = 2e-2 if "bf16" in (writer[2], layout[2]) else 2e-5
             assert run(engine, range(2, 4)) == pytest.approx(losses, rel=tolerance), writer
 
 
+Pair = tuple[tuple[str, int, str], tuple[str, int, str]]
+
+
+def pairs() -> list[Pair]:
+    """(writer, reader): all, or enough of them that presets, numbers of ranks and variants have met in all ways."""
+    every = [(writer, reader) for writer in LAYOUTS for reader in LAYOUTS]
+    if os.environ.get("UNISHARD_ALL_PAIRS"):
+        return every
+    random.Random(0).shuffle(every)
+    met: set[Any] = set()
+    chosen = []
+    for writer, reader in every:
+        news = {*zip(writer, reader, strict=True), ("read", writer), ("reads", reader)} - met
+        if news:
+            met |= news
+            chosen.append((writer, reader))
+    return chosen
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_everyone_loads_what_everyone_saved(tmp_path: Any, ranks: Ranks) -> None:
-    folder = str(tmp_path)
+    folder, chosen = str(tmp_path), pairs()
     saved = {layout: ranks(writes, folder, layout, world_size=layout[1])[0] for layout in LAYOUTS}
-    met = set()
-    for number, reader in enumerate(LAYOUTS):
-        part = {writer: saved[writer] for j, writer in enumerate(LAYOUTS) if (number + j) % 3 == 0}
-        met |= {(writer[0], reader[0]) for writer in part} | {(writer[1], reader[1]) for writer in part}
-        met |= {(writer[2], reader[2]) for writer in part}
-        ranks(loads, folder, reader, part, world_size=reader[1])
-    for kind in (WHOLE + HYBRID, [1, 2, 3, 4], ["", "bf16", "one group"]):
-        assert not [(a, b) for a in kind for b in kind if (a, b) not in met]
+    for reader in LAYOUTS:
+        part = {writer: saved[writer] for writer, other in chosen if other == reader}
+        ranks(loads, folder, reader, part, world_size=reader[1], timeout=300)
+    presets = {(writer[0], reader[0]) for writer, reader in chosen}
+    assert len(presets) == len(WHOLE + HYBRID) ** 2
+    assert len({(writer[1], reader[1]) for writer, reader in chosen}) == 16
+    assert {writer for writer, _ in chosen} == set(LAYOUTS)

@@ -214,18 +214,19 @@ def find(parent: Path, tag: str | None = None) -> Path:
     if not parent.is_dir():
         raise CheckpointError(f"{parent} is no folder; check the path")
     restore(parent)
-    known = [name for _, name in committed(parent)]
     if tag is None:
         named = _read(parent / LATEST).strip()
         if named and (parent / named).is_dir():
-            tag = named
-        elif known:
-            tag = known[-1]
+            return parent / named
+        known = committed(parent)
+        if known:
+            tag = known[-1][1]
         else:
             raise CheckpointError(
                 f"{parent} holds no checkpoint: it has neither a file named {LATEST!r} nor a folder with {MANIFEST}"
             )
     if not (parent / tag).is_dir():
-        there = f"there are {', '.join(known)}" if known else "there is none"
+        names = [name for _, name in committed(parent)]
+        there = f"there are {', '.join(names)}" if names else "there is none"
         raise CheckpointError(f"{parent} holds no checkpoint {tag!r}; {there}")
     return parent / tag
