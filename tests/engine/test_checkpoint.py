@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,33 @@ def kept(folder: str) -> list[str]:
 
 def test_the_last_ones_are_kept(tmp_path: Path, ranks: Ranks) -> None:
     assert ranks(kept, str(tmp_path)) == [["global_step3", "global_step4"]] * 2
+
+
+def one_after_the_other(folder: str) -> None:
+    from unishard.checkpoint import background
+
+    engine = start("ZERO2")
+    run(engine, range(1))
+    original = background.finish
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    background.finish = slow
+    try:
+        engine.save_checkpoint(folder, background=True)
+        run(engine, range(1, 2))
+        engine.save_checkpoint(folder, keep_last=1)
+    finally:
+        background.finish = original
+    dist.barrier()
+    assert (Path(folder) / "latest").read_text() == "global_step2"
+    assert sorted(os.listdir(folder)) == ["global_step2", "latest", "zero_to_fp32.py"]
+
+
+def test_a_save_waits_for_the_one_in_the_background(tmp_path: Path, ranks: Ranks) -> None:
+    ranks(one_after_the_other, str(tmp_path))
 
 
 def absent(folder: str) -> None:

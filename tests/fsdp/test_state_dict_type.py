@@ -98,7 +98,7 @@ def states(which: Any, kind: StateDictType, model: Any, optimizer: Any, **config
 
 def case_the_same_as_theirs(kind: StateDictType, orig: bool, meshed: bool) -> None:
     mesh = {"device_mesh": init_device_mesh("cpu", (2,))} if meshed else {}
-    mine, other = trained(**mesh), trained(theirs, use_orig_params=orig, **mesh)
+    mine, other = trained(use_orig_params=orig, **mesh), trained(theirs, use_orig_params=orig, **mesh)
     (state, optim), (their_state, their_optim) = states(ours, kind, *mine), states(theirs, kind, *other)
     assert list(state) == list(their_state)
     for name, value in their_state.items():

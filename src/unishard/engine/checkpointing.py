@@ -147,6 +147,7 @@ class Checkpoints:
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background:
             return self.queue.start(place, contents)
+        self.queue.wait()  # so that an older one is not committed after this one, and named by `latest`
         meeting = GroupMeeting(world())
         return finish(place, begin(place, meeting), contents, meeting)
 
