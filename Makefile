@@ -48,8 +48,9 @@ test: $(INSTALLED) check ## install if needed, then run every check and the whol
 test-fast: $(INSTALLED) ## the tests that take less than five seconds each
 	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
-soak: $(INSTALLED) ## kill ranks 200 times while they save checkpoints, and see that nothing is lost
-	@UNISHARD_KILLS=200 $(BIN)/python -m pytest -q tests/checkpoint/test_kills.py $(PYTEST_ARGS)
+soak: $(INSTALLED) ## kill ranks 200 times while they save checkpoints; load every preset's on every number of ranks
+	@UNISHARD_KILLS=200 UNISHARD_ALL_PAIRS=1 $(BIN)/python -m pytest -q \
+		tests/checkpoint/test_kills.py tests/engine/test_checkpoint_matrix.py $(PYTEST_ARGS)
 
 check: lint contracts types ## formatting, lint, import contracts and types
 

@@ -53,7 +53,7 @@ _HOMES = {
     "OffloadError": "unishard.errors",
     "TiledLinear": "unishard.sharding.tiling",
 }
-_SUBMODULES = ("checkpointing",)
+_SUBMODULES = ("checkpoint", "checkpointing")
 
 __all__ = [
     "__version__",
@@ -89,6 +89,7 @@ __all__ = [
     "ZERO2",
     "ZERO3",
     "auto_shard",
+    "checkpoint",
     "checkpointing",
     "clip_grad_norm_",
     "describe",
@@ -118,6 +119,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from unishard import checkpoint as checkpoint
     from unishard.config import Config as Config
     from unishard.engine import Engine as Engine
     from unishard.engine import initialize as initialize

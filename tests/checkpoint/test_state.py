@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,17 +198,18 @@ def test_tags_that_are_no_names_are_refused(tag: str, tmp_path: Path) -> None:
 
 def test_drafts_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -> None:
     mine = commit.new_draft(tmp_path, "one")
-    dead = tmp_path / ".two.part-0123456789ab"
-    dead.mkdir()
-    host = (mine / ".owner").read_text().split()[0]
-    (dead / ".owner").write_text(f"{host} 999999999")
-    elsewhere = tmp_path / ".two.part-ba9876543210"
-    elsewhere.mkdir()
-    (elsewhere / ".owner").write_text("another-host 1")
+    host = socket.gethostname()
+    dead = tmp_path / f".two.part-{host}-999999999-0123456789ab"
+    old = tmp_path / f".two.old-{host}-999999999-0123456789ab"
+    elsewhere = tmp_path / ".two.part-another-host-1-ba9876543210"
+    for folder in (dead, old, elsewhere):
+        folder.mkdir()
+    pointer = tmp_path / f".latest-{host}-999999999-0123456789ab"
+    pointer.touch()
     commit.new_draft(tmp_path, "three")
     assert mine.exists()
     assert elsewhere.exists()
-    assert not dead.exists()
+    assert not any(path.exists() for path in (dead, old, pointer))
 
 
 def test_drafts_are_no_checkpoints(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,39 +113,6 @@ def continues(folder: str, preset: str) -> tuple[list[float], dict[str, Tensor]]
     return losses, {}
 
 
-def state_after_load(folder: str, preset: str) -> dict[str, Tensor]:
-    engine = start(preset, seed=5)
-    engine.load_checkpoint(folder)
-    engine.optimizer._flat._find_positions()
-    return whole_state(engine)
-
-
-PRESETS = ["NO_SHARD", "ZERO1", "ZERO2", "SHARD_GRAD_OP", "ZERO3"]
-WAYS = [
-    (("ZERO3", 2), ("ZERO3", 2)),
-    *((("ZERO3", 2), (preset, 3)) for preset in PRESETS),
-    *(((preset, 3), ("ZERO2", 2)) for preset in PRESETS),
-    (("ZERO1", 4), ("ZERO3", 1)),
-    (("ZERO3", 1), ("HYBRID_SHARD", 4)),
-    (("HYBRID_ZERO2", 4), ("ZERO3", 3)),
-    (("HYBRID_SHARD", 4), ("NO_SHARD", 2)),
-]
-
-
-@pytest.mark.parametrize(("writer", "reader"), WAYS, ids=lambda way: f"{way[0]}x{way[1]}")
-def test_any_layout_continues_any_other(
-    writer: tuple[str, int], reader: tuple[str, int], tmp_path: Path, ranks: Ranks
-) -> None:
-    folder = str(tmp_path)
-    expected, state = ranks(writes, folder, writer[0], world_size=writer[1])[0]
-    for losses, _ in ranks(continues, folder, reader[0], world_size=reader[1]):
-        assert losses == pytest.approx(expected, rel=2e-5)
-    for found in ranks(state_after_load, folder, reader[0], world_size=reader[1]):
-        assert found.keys() == state.keys()
-        for name, value in state.items():
-            assert torch.equal(found[name], value), name
-
-
 def test_the_same_layout_continues_bit_for_bit(tmp_path: Path, ranks: Ranks) -> None:
     expected, _ = ranks(writes, str(tmp_path), "ZERO3", True, world_size=2)[0]
     assert ranks(continues, str(tmp_path), "ZERO3", world_size=2)[0][0] == expected
@@ -249,6 +217,24 @@ def module_only(folder: str) -> None:
             assert torch.equal(a, b)
 
 
+def without_an_optimizer(folder: str) -> None:
+    engine = start("ZERO3")
+    run(engine, range(1))
+    engine.save_checkpoint(folder)
+    settings = config("ZERO3", dist.get_world_size())
+    del settings["optimizer"], settings["scheduler"], settings["gradient_clipping"]
+    reader = unishard.initialize(model=Frozen(), config=settings).engine
+    reader.load_checkpoint(folder)
+    assert reader.global_steps == 1
+    with unishard.gather(reader.module), unishard.gather(engine.module):
+        for a, b in zip(reader.module.parameters(), engine.module.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_engine_without_an_optimizer_loads(tmp_path: Path, ranks: Ranks) -> None:
+    ranks(without_an_optimizer, str(tmp_path))
+
+
 def test_weights_alone(tmp_path: Path, ranks: Ranks) -> None:
     ranks(module_only, str(tmp_path))
 
@@ -265,6 +251,33 @@ def kept(folder: str) -> list[str]:
 
 def test_the_last_ones_are_kept(tmp_path: Path, ranks: Ranks) -> None:
     assert ranks(kept, str(tmp_path)) == [["global_step3", "global_step4"]] * 2
+
+
+def one_after_the_other(folder: str) -> None:
+    from unishard.checkpoint import background
+
+    engine = start("ZERO2")
+    run(engine, range(1))
+    original = background.finish
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    background.finish = slow
+    try:
+        engine.save_checkpoint(folder, background=True)
+        run(engine, range(1, 2))
+        engine.save_checkpoint(folder, keep_last=1)
+    finally:
+        background.finish = original
+    dist.barrier()
+    assert (Path(folder) / "latest").read_text() == "global_step2"
+    assert sorted(os.listdir(folder)) == ["global_step2", "latest", "zero_to_fp32.py"]
+
+
+def test_a_save_waits_for_the_one_in_the_background(tmp_path: Path, ranks: Ranks) -> None:
+    ranks(one_after_the_other, str(tmp_path))
 
 
 def absent(folder: str) -> None:

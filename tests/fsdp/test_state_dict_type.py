@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import unishard.fsdp as ours
-from unishard.errors import CheckpointError, ShardingError, StateError, UnsupportedError
+from unishard.errors import CheckpointError, RankError, ShardingError, StateError, UnsupportedError
 from unishard.fsdp import FSDP, FullStateDictConfig, ShardedStateDictConfig, ShardingStrategy, StateDictType
 from unishard.fsdp.wrap import ModuleWrapPolicy
 from unishard.testing.models import Block, TinyTransformer, tied_transformer
@@ -98,7 +98,7 @@ def states(which: Any, kind: StateDictType, model: Any, optimizer: Any, **config
 
 def case_the_same_as_theirs(kind: StateDictType, orig: bool, meshed: bool) -> None:
     mesh = {"device_mesh": init_device_mesh("cpu", (2,))} if meshed else {}
-    mine, other = trained(**mesh), trained(theirs, use_orig_params=orig, **mesh)
+    mine, other = trained(use_orig_params=orig, **mesh), trained(theirs, use_orig_params=orig, **mesh)
     (state, optim), (their_state, their_optim) = states(ours, kind, *mine), states(theirs, kind, *other)
     assert list(state) == list(their_state)
     for name, value in their_state.items():
@@ -434,6 +434,14 @@ def case_mistakes(folder: str) -> None:
         pytest.raises(CheckpointError, match=r"positions.weight: this rank holds"),
     ):
         twin.load_state_dict({"positions.weight": local["positions.weight"]}, strict=False)
+    before = model.state_dict()
+    with (
+        FSDP.state_dict_type(model, LOCAL),
+        pytest.raises((CheckpointError, RankError), match=r"norm.bias: this rank"),
+    ):
+        broken = {**local, "norm.bias": torch.zeros(99)} if dist.get_rank() == 1 else local
+        model.load_state_dict({name: value + 1 for name, value in broken.items()})
+    equal(model.state_dict(), before)
     one = next(iter(optim["state"]))
     wrong = {"state": {"gone": optim["state"][one]}, "param_groups": [{"params": ["gone"], "lr": 1.0}]}
     with pytest.raises(CheckpointError, match="state of gone: unexpected") as caught:

@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unishard.checkpoint.api import async_save, inspect, load, read_tensor, save
     from unishard.checkpoint.background import PendingSave
+    from unishard.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        get_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+        set_state_dict,
+    )
 
 _HOMES = {
     "save": "api",
@@ -16,9 +25,30 @@ _HOMES = {
     "inspect": "api",
     "read_tensor": "api",
     "PendingSave": "background",
+    "StateDictOptions": "state_dict",
+    "get_model_state_dict": "state_dict",
+    "get_optimizer_state_dict": "state_dict",
+    "get_state_dict": "state_dict",
+    "set_model_state_dict": "state_dict",
+    "set_optimizer_state_dict": "state_dict",
+    "set_state_dict": "state_dict",
 }
 
-__all__ = ["PendingSave", "async_save", "inspect", "load", "read_tensor", "save"]
+__all__ = [
+    "PendingSave",
+    "StateDictOptions",
+    "async_save",
+    "get_model_state_dict",
+    "get_optimizer_state_dict",
+    "get_state_dict",
+    "inspect",
+    "load",
+    "read_tensor",
+    "save",
+    "set_model_state_dict",
+    "set_optimizer_state_dict",
+    "set_state_dict",
+]
 
 
 def __getattr__(name: str) -> Any:

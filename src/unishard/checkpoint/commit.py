@@ -21,13 +21,12 @@ from unishard.checkpoint.catalog import MANIFEST, METADATA, Catalog
 from unishard.errors import CheckpointError
 
 LATEST = "latest"
-_OWNER = ".owner"
 _DRAFT, _OLD, _NEXT = ".part-", ".old-", f".{LATEST}-"
 _RENAMEAT2, _AT_FDCWD, _EXCHANGE = 316, -100, 2
 
 
 def new_draft(parent: Path, tag: str) -> Path:
-    """An empty folder beside the future checkpoint, marked with who writes it; drafts of dead processes are removed.
+    """An empty folder beside the future checkpoint, called after who writes it; drafts of dead processes are removed.
 
     Raises `CheckpointError` for a tag that is no plain name, `OSError` where nothing can be written.
     """
@@ -38,35 +37,31 @@ def new_draft(parent: Path, tag: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for old in _abandoned(parent):
         shutil.rmtree(old, ignore_errors=True)
-    for pointer in parent.glob(f"{_NEXT}{socket.gethostname()}-*"):
-        if _is_gone(pointer.name.split("-")[-2]):
+    for pointer in parent.glob(f"{_NEXT}*"):
+        if _is_of_the_dead(pointer.name, _NEXT):
             pointer.unlink(missing_ok=True)
-    draft = parent / f".{tag}{_DRAFT}{uuid.uuid4().hex[:12]}"
+    draft = parent / f".{tag}{_DRAFT}{_signature()}"
     draft.mkdir()
-    try:
-        _mark(draft)
-    except OSError:
-        discard(draft)
-        raise
     return draft
 
 
-def _mark(folder: Path) -> None:
-    """Note who writes, or removes, a folder: if that process dies, a later save removes what is left."""
-    (folder / _OWNER).write_text(f"{socket.gethostname()} {os.getpid()}")
+def _signature() -> str:
+    """Who writes: part of the name of what must not stay if that process dies, from the first instant."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+def _is_of_the_dead(name: str, mark: str) -> bool:
+    """Whether the signature after `mark` is that of a process of this host that is gone."""
+    host, _, pid = name.rpartition(mark)[2].rpartition("-")[0].rpartition("-")
+    return host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists()
 
 
 def _abandoned(parent: Path) -> Iterator[Path]:
-    """Drafts and replaced checkpoints whose writer, a process of this host, is gone."""
+    """Drafts and replaced checkpoints whose writer is gone."""
     for path in parent.glob(".*"):
-        if path.is_dir() and (_DRAFT in path.name or _OLD in path.name):
-            host, _, pid = _read(path / _OWNER).partition(" ")
-            if host == socket.gethostname() and _is_gone(pid):
-                yield path
-
-
-def _is_gone(pid: str) -> bool:
-    return pid.isdigit() and not Path(f"/proc/{pid}").exists()
+        mark = next((mark for mark in (_DRAFT, _OLD) if mark in path.name), None)
+        if mark is not None and path.is_dir() and _is_of_the_dead(path.name, mark):
+            yield path
 
 
 def _read(path: Path) -> str:
@@ -84,18 +79,16 @@ def commit(draft: Path, catalog: Catalog, parent: Path, tag: str) -> Path:
     replaced = draft.with_name(draft.name.replace(_DRAFT, _OLD))
     if final.exists():
         _keep_foreign_files(final, draft)
-        _mark(final)
         _exchange(draft, final, replaced)
     else:
         draft.rename(final)
-    (final / _OWNER).unlink(missing_ok=True)
     sync_folder(parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
 def _exchange(draft: Path, final: Path, replaced: Path) -> None:
-    """Put `draft` in the place of `final`, which becomes `replaced`. Both are marked as this process's."""
+    """Put `draft` in the place of `final`, which becomes `replaced`."""
     if not _exchange_at_once(draft, final):
         # For an instant neither is in place; `restore` undoes that.
         final.rename(replaced)
@@ -154,8 +147,7 @@ def restore(parent: Path) -> None:
 
 def point_latest(parent: Path, tag: str) -> None:
     """Let the file `latest` name `tag`, atomically."""
-    name = f"{_NEXT}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-    write_aside(parent / LATEST, tag.encode(), parent / name)
+    write_aside(parent / LATEST, tag.encode(), parent / f"{_NEXT}{_signature()}")
     sync_folder(parent)
 
 
@@ -185,8 +177,7 @@ def committed(parent: Path) -> list[tuple[int, str]]:
 def retain(parent: Path, keep_last: int) -> None:
     """Remove all but the `keep_last` checkpoints of the highest steps."""
     for _, tag in committed(parent)[:-keep_last]:
-        old = parent / f".{tag}{_OLD}{uuid.uuid4().hex[:12]}"
-        _mark(parent / tag)
+        old = parent / f".{tag}{_OLD}{_signature()}"
         # Out of sight at once: a reader must not find it half removed.
         (parent / tag).rename(old)
         (old / MANIFEST).unlink(missing_ok=True)
@@ -223,18 +214,19 @@ def find(parent: Path, tag: str | None = None) -> Path:
     if not parent.is_dir():
         raise CheckpointError(f"{parent} is no folder; check the path")
     restore(parent)
-    known = [name for _, name in committed(parent)]
     if tag is None:
         named = _read(parent / LATEST).strip()
         if named and (parent / named).is_dir():
-            tag = named
-        elif known:
-            tag = known[-1]
+            return parent / named
+        known = committed(parent)
+        if known:
+            tag = known[-1][1]
         else:
             raise CheckpointError(
                 f"{parent} holds no checkpoint: it has neither a file named {LATEST!r} nor a folder with {MANIFEST}"
             )
     if not (parent / tag).is_dir():
-        there = f"there are {', '.join(known)}" if known else "there is none"
+        names = [name for _, name in committed(parent)]
+        there = f"there are {', '.join(names)}" if names else "there is none"
         raise CheckpointError(f"{parent} holds no checkpoint {tag!r}; {there}")
     return parent / tag

@@ -171,6 +171,7 @@ class Checkpoints:
             )
         elif background:
             return self.queue.start(place, contents)
+        self.queue.wait()  # so that an older one is not committed after this one, and named by `latest`
         meeting = GroupMeeting(world())
         with bar(f"saving {place.tag}", contents.nbytes, show=meeting.rank == 0) as progress:
             return finish(place, begin(place, meeting), contents, meeting, progress)
@@ -323,6 +324,7 @@ class Checkpoints:
         if module_only or saved is None:
             return
         engine.global_steps, engine.micro_steps = saved["global_steps"], saved["micro_steps"]
+        engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
         engine.global_samples = saved["global_samples"]
         if optimizer is not None:
             optimizer.skipped_steps = saved["skipped_steps"]

@@ -110,7 +110,11 @@ class SaveLoad(Accessors):
             scheduler=load_lr_scheduler_states,
             module_only=load_module_only,
         )
-        self._micro = self.micro_steps % self.gradient_accumulation_steps()
+        # Gradients are not saved, and what was accumulated here belongs to other weights: the next step begins anew,
+        # with the samples that follow the last whole one.
+        self._micro = 0
+        if self._as_engine().optimizer is not None:
+            self._as_engine().zero_grad()
         return str(path), client_state
 
     def auto_resume(self, load_dir: str | Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from unishard.dist.collectives import communicator
+from unishard.dist.agree import agree
+from unishard.dist.collectives import Communicator, communicator
 from unishard.errors import CheckpointError
 from unishard.fsdp.scatter import from_first_rank
 from unishard.fsdp.state_dict_type import StateDictSettings, StateDictType
@@ -87,15 +89,25 @@ def prepare_to_load(
         for group in unit.groups:
             group.show_sharded()
     settings: StateDictSettings = wrapper._state_dict_settings
-    if settings.rank0_only and (wrapper.check_is_root() or not prefix):
+    outermost = wrapper.check_is_root() or not prefix
+    if settings.rank0_only and outermost:
         _take_from_first(wrapper, state, prefix)
-    for key in [key for key in state if key.startswith(prefix)]:
-        name = key[len(prefix) :].removeprefix(MARK)
-        value = state.pop(key)
-        target = _parameter(wrapper.module, name)
-        if isinstance(target, DTensor) and isinstance(value, torch.Tensor):
-            value = fit(target, value, settings.state_dict_type, clean(prefix + name))
-        state[f"{prefix}{MARK}{name}"] = value
+    with contextlib.ExitStack() as stack:
+        if outermost and settings.state_dict_type is not StateDictType.FULL_STATE_DICT:
+            # Each rank brings values of its own; where one's do not fit, nobody may go on.
+            for axis in _axes(wrapper._mesh):
+                stack.enter_context(agree(axis, "FSDP: load_state_dict"))
+        for key in [key for key in state if key.startswith(prefix)]:
+            name = key[len(prefix) :].removeprefix(MARK)
+            value = state.pop(key)
+            target = _parameter(wrapper.module, name)
+            if isinstance(target, DTensor) and isinstance(value, torch.Tensor):
+                value = fit(target, value, settings.state_dict_type, clean(prefix + name))
+            state[f"{prefix}{MARK}{name}"] = value
+
+
+def _axes(mesh: Any) -> list[Communicator]:
+    return [communicator(mesh.get_group(dim)) for dim in range(mesh.ndim)]
 
 
 def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -116,8 +128,7 @@ def _take_from_first(wrapper: Any, state: dict[str, Any], prefix: str) -> None:
             cut_like(target, value) if isinstance(target, DTensor) and target.shape == value.shape else value
         )
 
-    axes = [communicator(mesh.get_group(dim)) for dim in range(mesh.ndim)]
-    state.update(from_first_rank(mine if is_first(mesh) else {}, axes, wrapper._device, keep))
+    state.update(from_first_rank(mine if is_first(mesh) else {}, _axes(mesh), wrapper._device, keep))
 
 
 def fit(target: DTensor, value: torch.Tensor, kind: StateDictType, name: str) -> torch.Tensor:
