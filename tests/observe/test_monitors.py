@@ -194,5 +194,5 @@ def test_a_service_without_its_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     off = SimpleNamespace(enabled=False)
     wanted = SimpleNamespace(enabled=True, project="p", group=None, team=None)
-    with pytest.raises(ConfigError, match="wandb.enabled: the wandb package is not installed"):
+    with pytest.raises(ConfigError, match=r"wandb\.enabled: the wandb package is not installed"):
         monitors_from_config(SimpleNamespace(tensorboard=off, csv_monitor=off, wandb=wanted, comet=off))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ class Makers(NamedTuple):
 
     engine: type[Engine] = Engine
     optimizer: Callable[[ResolvedConfig], type[ShardedOptimizer]] = lambda rc: ShardedOptimizer
+    schedules: Mapping[str, Callable[..., Any]] = {}
+    """By type, in place of the engine's own."""
 
 
 class Initialized(NamedTuple):
@@ -112,7 +114,7 @@ def initialize(
     sharded = shard_in_place(model, ShardPlan(preset(rc.sharding), axes, _precision(rc), device))
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
-    scheduler = _scheduler(lr_scheduler, wrapped, rc)
+    scheduler = _scheduler(lr_scheduler, wrapped, rc, makers)
     loader = build_dataloader(training_data, collate_fn, rc, axes) if training_data is not None else None
     engine = makers.engine(sharded, rc, axes, device, wrapped, scheduler, loader)
     return Initialized(engine, wrapped, loader, scheduler)
@@ -280,12 +282,15 @@ def _loss_scale(rc: ResolvedConfig) -> LossScale:
     )
 
 
-def _scheduler(client: Any, optimizer: ShardedOptimizer | None, rc: ResolvedConfig) -> Any:
+def _scheduler(client: Any, optimizer: ShardedOptimizer | None, rc: ResolvedConfig, makers: Makers) -> Any:
     if client is None and rc.scheduler is None:
         return None
     if optimizer is None:
         raise ConfigError("a scheduler needs an optimizer; add an optimizer section, or pass optimizer=")
     if rc.scheduler is not None and client is None:
+        own = makers.schedules.get(rc.scheduler.type)
+        if own is not None:
+            return own(optimizer, **rc.scheduler.params)
         return build_schedule(rc.scheduler.type, optimizer, rc.scheduler.params)
     if hasattr(client, "step"):
         return client
