@@ -1,8 +1,8 @@
 """Train a model whose states do not fit: under a memory limit of a part of them, with everything on the nvme tier.
 
-Runs the same training three times, each in a process of its own: unlimited and in memory; limited and offloaded, which has
-to give the same losses; limited and in memory, which the system kills. The limit is a cgroup's (v1), so this needs root.
-`python scripts/beyond_memory.py [--nvme FOLDER] [--share 0.25]`
+Runs the same training three times, each in a process of its own: unlimited and in memory; limited and offloaded, which
+has to give the same losses; limited and in memory, which the system kills. The limit is a cgroup's (v1), so this needs
+root. `python scripts/beyond_memory.py [--nvme FOLDER] [--share 0.25]`
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, *, offload: bool, limit: int | None) -> dic
     if limit is not None:
         GROUP.mkdir(exist_ok=True)
         (GROUP / "memory.limit_in_bytes").write_text(str(limit))
-    done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True, check=False)  # noqa: PLW1509
+    done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True, check=False)
     if done.returncode > 0:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.returncode

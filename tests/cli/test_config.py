@@ -21,7 +21,7 @@ BAD: dict[str, Any] = {
     "train_batch_size": 15,
     "gradient_accumulation_steps": 2,
     "zero_optimization": {"stge": 3},
-    "wandb": {"enabled": True},
+    "comms_logger": {"enabled": True},
 }
 
 
@@ -122,7 +122,7 @@ def test_check_lists_every_problem_at_once(tmp_path: Path) -> None:
         "train_batch_size: train_batch_size=15",
         "(from --world-size)",
         "stge: unknown key",
-        "wandb: wandb",
+        "comms_logger: comms_logger",
     ):
         assert words in result.output
 

@@ -28,6 +28,8 @@ def zero(**values: Any) -> dict[str, Any]:
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "fp16-and-bf16": {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+    "autocast-and-16-bit": {"torch_autocast": {"enabled": True}, "bf16": {"enabled": True}},
+    "autocast-in-fp16": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
     "loss-scale-floor-zero": {"fp16": {"enabled": True, "min_loss_scale": 0}},
     "loss-scale-starts-below-floor": {
         "fp16": {"enabled": True, "initial_scale_power": 2, "min_loss_scale": 8}

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import deepspeed.accelerator
 import torch
 from torch import nn
-
-import deepspeed
 
 STEPS, BATCH, WIDTH, CLASSES = 4, 2, 16, 6
 Case = Callable[[int, Path], dict[str, Any]]
@@ -166,15 +165,21 @@ def client_scheduler(stage: int, folder: Path) -> dict[str, Any]:
 
 @case(2)
 def configured_scheduler(stage: int, folder: Path) -> dict[str, Any]:
-    net = new_net()
-    schedule = {
-        "type": "WarmupDecayLR",
-        "params": {"warmup_num_steps": 2, "total_num_steps": 6, "warmup_max_lr": 0.02},
-    }
-    engine, *_ = deepspeed.initialize(
-        model=net, model_parameters=net.parameters(), config=config(stage, scheduler=schedule)
-    )
-    return summary(engine, run(engine, STEPS))
+    decay = {"warmup_num_steps": 2, "total_num_steps": 6, "warmup_max_lr": 0.02}
+    cycle = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.02, "cycle_first_step_size": 2}
+    result: dict[str, Any] = {"losses": []}
+    for kind, params in (("WarmupDecayLR", decay), ("OneCycle", cycle)):
+        net = new_net()
+        settings = config(stage, scheduler={"type": kind, "params": params})
+        engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=settings)
+        rates = []
+        for x, target in batches(STEPS):
+            rates.append((engine.get_lr(), engine.get_mom()))
+            engine.backward(engine(x, target))
+            engine.step()
+        result[kind] = weights(engine), rates
+        result["losses"] += run(engine, 1, first=STEPS)
+    return result
 
 
 @case(2, 3)

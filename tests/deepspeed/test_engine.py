@@ -368,3 +368,34 @@ def _called_in_parts(stage: int) -> float:
 def test_submodules_may_be_called_by_themselves(ranks):
     for stage in (2, 3):
         assert max(ranks(_called_in_parts, stage)) < 1e-6
+
+
+def _half_precision_gradients(stage: int) -> tuple[float, float]:
+    from unishard.deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad
+
+    scaled = new_engine(stage, fp16={"enabled": True, "loss_scale": 128.0}, gradient_clipping=0.0)
+    plain = new_engine(stage, gradient_clipping=0.0)
+    for engine in (scaled, plain):
+        engine.backward(engine(batch()).float().square().mean())
+    pairs = list(zip(scaled.module.parameters(), plain.module.parameters(), strict=True))
+    difference = max((safe_get_full_grad(a) - safe_get_full_grad(b)).abs().max().item() for a, b in pairs)
+    for param in scaled.module.parameters():
+        safe_set_full_grad(param, torch.full_like(safe_get_full_grad(param), 0.25))
+        part = safe_get_local_grad(param)
+        assert part is not None
+        assert part.numel() == 0 or (part == 0.25).all()
+    before = {
+        name: deepspeed.utils.safe_get_full_fp32_param(p) for name, p in scaled.module.named_parameters()
+    }
+    scaled.step()
+    after = {
+        name: deepspeed.utils.safe_get_full_fp32_param(p) for name, p in scaled.module.named_parameters()
+    }
+    return difference, max((before[n] - after[n] - 0.025).abs().max().item() for n in before)
+
+
+def test_gradients_are_shown_and_written_without_the_loss_scale(ranks):
+    for stage in (0, 1, 2, 3):
+        for difference, step in ranks(_half_precision_gradients, stage):
+            assert difference < 2e-3
+            assert step < 1e-6

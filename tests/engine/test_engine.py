@@ -100,3 +100,36 @@ def test_the_configured_monitor_writes(ranks: Callable[..., Any], tmp_path: Path
     lines = (tmp_path / "run" / "Train_loss.csv").read_text().splitlines()
     assert lines[0] == "step,Train_loss"
     assert len(lines) == 3
+
+
+def _autocast() -> tuple[float, set[str]]:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    plain = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    plain.load_state_dict(net.state_dict())
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain(x)
+    expected.float().square().mean().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": 3},
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+    }
+    engine = unishard.initialize(model=net, config=config).engine
+    output = engine(x)
+    assert output.dtype is torch.bfloat16
+    assert torch.equal(output, expected)
+    engine.backward(output.float().square().mean())
+    engine.step()
+    state = engine.module_state_dict()
+    difference = max((state[name] - p).abs().max().item() for name, p in plain.named_parameters())
+    return difference, {str(value.dtype) for value in state.values()}
+
+
+def test_torch_autocast_computes_in_bf16_on_fp32_weights(ranks):
+    for difference, dtypes in ranks(_autocast):
+        assert difference < 1e-6
+        assert dtypes == {"torch.float32"}

@@ -146,3 +146,53 @@ def test_a_new_monitor_is_one_entry(tmp_path, monkeypatch):
     [monitor] = monitors_from_config(config)
     monitor.write(FULL)
     assert monitor.records == [FULL]
+
+
+class Recorded:
+    """Stands for a service's package: keeps every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[object, ...], dict[str, object]]] = []
+
+    def __getattr__(self, name: str):
+        def call(*args, **options):
+            self.calls.append((name, args, options))
+            return self
+
+        return call
+
+
+def test_services_get_the_scalars_when_their_package_is_there(monkeypatch):
+    wandb, comet = Recorded(), Recorded()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "comet_ml", comet)
+    off = SimpleNamespace(enabled=False)
+    config = SimpleNamespace(
+        tensorboard=off,
+        csv_monitor=off,
+        wandb=SimpleNamespace(enabled=True, project="p", group=None, team="t"),
+        comet=SimpleNamespace(
+            enabled=True, api_key="k", project="p", workspace=None, experiment_key=None, mode=None, online=None,
+            experiment_name="n", samples_log_interval=2,
+        ),
+    )  # fmt: skip
+    monitors = monitors_from_config(config)
+    for record in (FULL, SPARSE, StepRecord(step=5, loss=1.0, learning_rate=0.1)):
+        for monitor in monitors:
+            monitor.write(record)
+    for monitor in monitors:
+        monitor.close()
+    names = [name for name, _, _ in wandb.calls]
+    assert names == ["init", "log", "log", "log", "finish"]
+    assert wandb.calls[0][2] == {"project": "p", "group": None, "entity": "t"}
+    assert wandb.calls[1][1][0]["Train/loss"] == 2.5
+    assert [name for name, _, _ in comet.calls] == ["start", "set_name", "log_metrics", "log_metrics", "end"]
+    assert [options["step"] for name, _, options in comet.calls if name == "log_metrics"] == [3, 5]
+
+
+def test_a_service_without_its_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    off = SimpleNamespace(enabled=False)
+    wanted = SimpleNamespace(enabled=True, project="p", group=None, team=None)
+    with pytest.raises(ConfigError, match=r"wandb\.enabled: the wandb package is not installed"):
+        monitors_from_config(SimpleNamespace(tensorboard=off, csv_monitor=off, wandb=wanted, comet=off))

@@ -101,6 +101,20 @@ COMBINATIONS: tuple[Combination, ...] = (
         "enable bf16 only, or fp16 only where the hardware has no bfloat16",
     ),
     Combination(
+        "autocast-and-16-bit",
+        "torch_autocast.enabled",
+        lambda d: d.get("torch_autocast.enabled") is True and d.get("compute_dtype") != "fp32",
+        "torch_autocast casts fp32 weights operation by operation, and {compute_dtype} keeps all of them in 16 bits",
+        "enable one of them",
+    ),
+    Combination(
+        "autocast-in-fp16",
+        "torch_autocast.dtype",
+        lambda d: d.get("torch_autocast.enabled") is True and d.get("torch_autocast.dtype") == "fp16",
+        "fp16 under torch_autocast needs a loss scale, which goes with fp16.enabled",
+        'set dtype to "bfloat16", or enable fp16 instead',
+    ),
+    Combination(
         "loss-scale-floor-zero",
         "fp16.min_loss_scale",
         lambda d: _dynamic_fp16(d) and d.number("fp16.min_loss_scale") == 0,

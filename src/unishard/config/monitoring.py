@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from unishard.config.fields import (
+    Count,
     Honoured,
     PrintInterval,
     Refused,
     Section,
     Translated,
-    enabled,
-    not_available,
 )
-
-_MONITORS = "use tensorboard, which both services read, or csv_monitor"
 
 
 class TensorBoard(Section):
@@ -34,26 +31,26 @@ class CsvMonitor(Section):
 
 
 class WandB(Section):
-    """`wandb`: known, refused when enabled."""
+    """`wandb`: a Weights & Biases run, if the package is installed."""
 
-    enabled: Any = False
-    group: Any = None
-    team: Any = None
-    project: Any = "deepspeed"
+    enabled: Annotated[bool, Honoured()] = False
+    group: Annotated[str | None, Honoured()] = None
+    team: Annotated[str | None, Honoured()] = None
+    project: Annotated[str, Honoured()] = "deepspeed"
 
 
 class Comet(Section):
-    """`comet`: known, refused when enabled."""
+    """`comet`: a Comet experiment, if the package is installed."""
 
-    enabled: Any = False
-    samples_log_interval: Any = 100
-    project: Any = None
-    workspace: Any = None
-    api_key: Any = None
-    experiment_name: Any = None
-    experiment_key: Any = None
-    online: Any = None
-    mode: Any = None
+    enabled: Annotated[bool, Honoured()] = False
+    samples_log_interval: Annotated[Count, Honoured()] = 100
+    project: Annotated[str | None, Honoured()] = None
+    workspace: Annotated[str | None, Honoured()] = None
+    api_key: Annotated[str | None, Honoured()] = None
+    experiment_name: Annotated[str | None, Honoured()] = None
+    experiment_key: Annotated[str | None, Honoured()] = None
+    online: Annotated[bool | None, Honoured()] = None
+    mode: Annotated[str | None, Honoured()] = None
 
 
 class ThroughputTimer(Section):
@@ -91,6 +88,6 @@ class MonitoringKeys(Section):
     ] = False
     tensorboard: TensorBoard = TensorBoard()
     csv_monitor: CsvMonitor = CsvMonitor()
-    wandb: Annotated[WandB, not_available("wandb", _MONITORS, asks=enabled)] = WandB()
-    comet: Annotated[Comet, not_available("comet", _MONITORS, asks=enabled)] = Comet()
+    wandb: WandB = WandB()
+    comet: Comet = Comet()
     timers: Timers = Timers()

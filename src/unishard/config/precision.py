@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,8 +16,6 @@ from unishard.config.fields import (
     Section,
     Size,
     Translated,
-    enabled,
-    not_available,
 )
 
 _FP32_MASTERS = Refused(
@@ -61,11 +59,16 @@ class BF16(Section):
 
 
 class TorchAutocast(Section):
-    """`torch_autocast`: known, refused when enabled."""
+    """`torch_autocast`: forward runs under `torch.autocast`; weights and gradients stay fp32."""
 
-    enabled: Any = False
-    dtype: Any = "bfloat16"
-    lower_precision_safe_modules: Any = None
+    enabled: Annotated[bool, Honoured()] = False
+    dtype: Annotated[Dtype, Honoured()] = "bf16"
+    lower_precision_safe_modules: Annotated[
+        list[str] | None,
+        Translated(
+            "gradients of all modules travel in communication_data_type, fp32 unless it says otherwise"
+        ),
+    ] = None
 
 
 class DataTypes(Section):
@@ -90,11 +93,4 @@ class PrecisionKeys(Section):
     data_types: DataTypes = DataTypes()
     buffer_dtype: Annotated[Dtype | None, Honoured()] = None
     output_dtype: Annotated[Dtype | None, Honoured()] = None
-    torch_autocast: Annotated[
-        TorchAutocast,
-        not_available(
-            "torch_autocast",
-            "set bf16.enabled, or wrap the model's call in torch.autocast yourself",
-            asks=enabled,
-        ),
-    ] = TorchAutocast()
+    torch_autocast: TorchAutocast = TorchAutocast()

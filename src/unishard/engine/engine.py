@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from unishard.observe.record import StepRecord
 from unishard.optim.sharded import ShardedOptimizer
 from unishard.sharding.in_place import ShardedModel
 from unishard.sharding.placement import Placement, Reshard
+from unishard.sharding.precision import as_dtype
 
 log = logging.getLogger("unishard")
 
@@ -76,7 +77,15 @@ class Engine(SaveLoad):
         with self._timed("forward"):
             if torch.is_grad_enabled():
                 self._arm()
-            return self.module(*args, **kwargs)
+            with self._autocast():
+                return self.module(*args, **kwargs)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """`torch.autocast` where the configuration asks for it."""
+        section = self.config.torch_autocast
+        if not section.enabled:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=as_dtype(section.dtype))
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch under way is the last of its step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,8 @@ class Makers(NamedTuple):
 
     engine: type[Engine] = Engine
     optimizer: Callable[[ResolvedConfig], type[ShardedOptimizer]] = lambda rc: ShardedOptimizer
+    schedules: Mapping[str, Callable[..., Any]] = {}
+    """By type, in place of the engine's own."""
 
 
 class Initialized(NamedTuple):
@@ -120,7 +122,7 @@ def initialize(
     sharded = shard_in_place(model, plan)
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
-    scheduler = _scheduler(lr_scheduler, wrapped, rc)
+    scheduler = _scheduler(lr_scheduler, wrapped, rc, makers)
     loader = None
     if training_data is not None:
         from unishard.engine.data import build_dataloader
@@ -306,12 +308,15 @@ def _loss_scale(rc: ResolvedConfig) -> LossScale:
     )
 
 
-def _scheduler(client: Any, optimizer: ShardedOptimizer | None, rc: ResolvedConfig) -> Any:
+def _scheduler(client: Any, optimizer: ShardedOptimizer | None, rc: ResolvedConfig, makers: Makers) -> Any:
     if client is None and rc.scheduler is None:
         return None
     if optimizer is None:
         raise ConfigError("a scheduler needs an optimizer; add an optimizer section, or pass optimizer=")
     if rc.scheduler is not None and client is None:
+        own = makers.schedules.get(rc.scheduler.type)
+        if own is not None:
+            return own(optimizer, **rc.scheduler.params)
         return build_schedule(rc.scheduler.type, optimizer, rc.scheduler.params)
     if hasattr(client, "step"):
         return client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -88,15 +89,72 @@ class CsvMonitor:
         return None
 
 
+class WandBMonitor:
+    """Scalars under `Train/` of a Weights & Biases run. `settings`: project, group and team.
+
+    Raises `ConfigError` if the package is not installed.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        wandb = _service("wandb", "wandb")
+        self._run = wandb.init(project=settings.project, group=settings.group, entity=settings.team)
+
+    def write(self, record: StepRecord) -> None:
+        self._run.log({f"Train/{name}": value for name, value in record.scalars().items()}, step=record.step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class CometMonitor:
+    """Scalars under `Train/` of a Comet experiment, once every `samples_log_interval` steps.
+
+    Raises `ConfigError` if the package is not installed.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        comet = _service("comet_ml", "comet")
+        names = ("api_key", "project", "workspace", "experiment_key", "mode", "online")
+        self._experiment = comet.start(**{name: getattr(settings, name) for name in names})
+        if settings.experiment_name is not None:
+            self._experiment.set_name(settings.experiment_name)
+        self._interval = settings.samples_log_interval
+        self._next = 0
+
+    def write(self, record: StepRecord) -> None:
+        if record.step >= self._next:
+            self._next = record.step + self._interval
+            scalars = {f"Train/{name}": value for name, value in record.scalars().items()}
+            self._experiment.log_metrics(scalars, step=record.step)
+
+    def close(self) -> None:
+        self._experiment.end()
+
+
+def _service(package: str, section: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as missing:
+        raise ConfigError(
+            f"{section}.enabled: the {package} package is not installed; pip install {package}, or use csv_monitor"
+        ) from missing
+
+
 MONITORS = {"tensorboard": TensorBoardMonitor, "csv_monitor": CsvMonitor}
-"""Config section -> what it switches on."""
+"""Config section -> what it switches on, under a folder."""
+SERVICES = {"wandb": WandBMonitor, "comet": CometMonitor}
+"""Config section -> what it switches on, elsewhere."""
 
 
 def monitors_from_config(config: Any) -> list[Monitor]:
-    """The monitors that a resolved configuration enables, each under output_path/job_name."""
+    """The monitors that a resolved configuration enables, those with files each under output_path/job_name."""
     chosen: list[Monitor] = []
     for section, monitor in MONITORS.items():
         settings = getattr(config, section)
         if settings.enabled:
             chosen.append(monitor(Path(settings.output_path or "runs") / settings.job_name))
+    for section, service in SERVICES.items():
+        settings = getattr(config, section, None)
+        if settings is not None and settings.enabled:
+            chosen.append(service(settings))
     return chosen

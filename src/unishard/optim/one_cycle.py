@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, final
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -16,7 +16,6 @@ _log = logging.getLogger(__name__)
 _MAX_MOMENTUM = 0.9999  # decay makes momentum grow without end, and 1 is no average
 
 
-@final
 class OneCycle(ClosedFormLR):
     """Cycle the rate up and down once, and momentum the other way (Smith 2018, arXiv:1803.09820).
 

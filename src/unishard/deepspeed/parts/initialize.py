@@ -20,6 +20,7 @@ from unishard.deepspeed.parts.configuration import (
 from unishard.deepspeed.parts.data import DeepSpeedDataLoader
 from unishard.deepspeed.parts.engine import DeepSpeedEngine
 from unishard.deepspeed.parts.parameters import show_zero_attributes
+from unishard.deepspeed.parts.schedules import SCHEDULES
 from unishard.deepspeed.parts.zero_optimizers import optimizer_class
 from unishard.engine.initialize import Makers
 from unishard.engine.initialize import initialize as build
@@ -77,7 +78,7 @@ def initialize(
             config=with_defaults(raw),
             mesh=_mesh(mpu, mesh_param),
             dist_init_required=dist_init_required,
-            makers=Makers(DeepSpeedEngine, optimizer_class),
+            makers=Makers(DeepSpeedEngine, optimizer_class, SCHEDULES),
         )
     except (ConfigError, UnsupportedError) as error:
         raise DeepSpeedConfigError(str(error)) from error

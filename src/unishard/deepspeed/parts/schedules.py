@@ -7,10 +7,48 @@ from typing import Any
 
 import torch
 
-from unishard.optim.one_cycle import OneCycle
+from unishard.optim.one_cycle import OneCycle as _OneCycle
 from unishard.optim.schedules import LRRangeTest, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
+
+
+class OneCycle(_OneCycle):
+    """`unishard.optim.one_cycle.OneCycle` with DeepSpeed's treatment of momentum.
+
+    `betas[1]` is 0.99 throughout, the first update takes `cycle_min_mom`, and SGD's momentum is left alone.
+    """
+
+    _SECOND_BETA = 0.99
+
+    def __init__(self, optimizer: Any, *args: Any, **options: Any) -> None:
+        self._started = False
+        super().__init__(optimizer, *args, **options)
+        if not all("betas" in group for group in optimizer.param_groups):
+            self.cycle_momentum = False
+        if self.cycle_momentum:
+            for group, momentum in zip(optimizer.param_groups, self.min_moms, strict=True):
+                group["betas"] = (momentum, self._SECOND_BETA)
+        self._started = True
+
+    def _apply_momenta(self) -> None:
+        if self._started:
+            super()._apply_momenta()
+
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """The betas of each group for the coming update; `None` when momentum is not cycled."""
+        if not self.cycle_momentum:
+            return None
+        return [(momentum, self._SECOND_BETA) for momentum in self.momenta_at(self.last_epoch)]
+
+    @property
+    def total_size(self) -> float:
+        """Updates of the whole cycle."""
+        return self._cycle.first + self._cycle.second
+
+
+SCHEDULES = {"OneCycle": OneCycle}
+"""Schedules that the door builds in place of the engine's own."""
 
 VALID_LR_SCHEDULES = ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
 
