@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from unishard.bench.data import Batch
 from unishard.bench.plan import Plan
 
-Level = Literal["replicated", "zero1", "zero2", "zero3"]
+Level = Literal["replicated", "zero1", "zero2", "zero3", "offload"]
 """What is sharded. Contestants of one level are alternatives for each other."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,11 +41,15 @@ def config(plan: Plan, preset: str, overlap: bool) -> dict[str, Any]:
     return keys
 
 
-def build_config_door(plan: Plan, *, preset: str, overlap: bool = False) -> EngineTrainer:
+def build_config_door(
+    plan: Plan, *, preset: str, overlap: bool = False, offload: tuple[str, ...] = ()
+) -> EngineTrainer:
     import unishard
 
     model = build_model(plan)
-    engine, optimizer, _, _ = unishard.initialize(model=model, config=config(plan, preset, overlap))
+    tier = {"device": "nvme", "nvme_path": tempfile.gettempdir()}
+    keys = {**config(plan, preset, overlap), "zero_optimization": dict.fromkeys(offload, tier)}
+    engine, optimizer, _, _ = unishard.initialize(model=model, config=keys)
 
     def finish_gathers() -> None:
         for group in engine.schedule.groups:
@@ -137,4 +142,20 @@ def _rows(sharding: Sharding) -> Iterator[Contestant]:
     yield row("-code", "code door: blocks and root, fused AdamW", code_door, "unishard.sharding.api")
 
 
-CONTESTANTS = tuple(row for sharding in PRESETS.values() for row in _rows(sharding))
+def _offloaded(suffix: str, what: str, *sections: str) -> Contestant:
+    return Contestant(
+        name=f"unishard-zero3-{suffix}",
+        family=f"unishard-zero3-{suffix}",
+        level="offload",
+        setting=f"ZERO3, config door, AdamW, {what} on nvme (the folder for temporary files)",
+        build=partial(build_config_door, preset="ZERO3", offload=sections),
+        imports=("unishard.engine",),
+        ours=True,
+    )
+
+
+CONTESTANTS = (
+    *(row for sharding in PRESETS.values() for row in _rows(sharding)),
+    _offloaded("nvme-optimizer", "optimizer state", "offload_optimizer"),
+    _offloaded("nvme", "optimizer state and parameters", "offload_optimizer", "offload_param"),
+)

@@ -102,7 +102,7 @@ class Entry(_Model):
 
     name: str
     family: str
-    level: Literal["replicated", "zero1", "zero2", "zero3"]
+    level: Literal["replicated", "zero1", "zero2", "zero3", "offload"]
     setting: str
     ours: bool
     alone: bool

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,7 @@ BUCKET = 10_000_000
 leaves nothing to overlap."""
 
 
-def config(plan: Plan, stage: int, overlap: bool) -> dict[str, Any]:
+def config(plan: Plan, stage: int, overlap: bool, offload: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The ds_config of one contestant; everything that is not here has DeepSpeed's default."""
     return {
         "train_micro_batch_size_per_gpu": plan.shape.micro_batch,
@@ -33,18 +35,21 @@ def config(plan: Plan, stage: int, overlap: bool) -> dict[str, Any]:
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             "stage3_prefetch_bucket_size": BUCKET,
+            **(offload or {}),
         },
         "zero_allow_untested_optimizer": True,
     }
 
 
-def build(plan: Plan, *, stage: int, cpu_adam: bool, overlap: bool) -> EngineTrainer:
+def build(
+    plan: Plan, *, stage: int, cpu_adam: bool, overlap: bool, offload: Mapping[str, Any] | None = None
+) -> EngineTrainer:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model = build_model(plan)
     engine: Any = deepspeed.initialize(
-        model=model, optimizer=_optimizer(model, cpu_adam), config=config(plan, stage, overlap)
+        model=model, optimizer=_optimizer(model, cpu_adam), config=config(plan, stage, overlap, offload)
     )[0]
     return EngineTrainer(engine, engine.optimizer.optimizer, partial(_held, engine))
 
@@ -98,9 +103,25 @@ def _row(stage: int, cpu_adam: bool, overlap: bool) -> Contestant:
     )
 
 
-CONTESTANTS = tuple(
-    _row(stage, cpu_adam, overlap)
-    for stage in (1, 2, 3)
-    for cpu_adam in (True, False)
-    for overlap in (True, False)
+def _offloaded(suffix: str, what: str, offload: Mapping[str, Any]) -> Contestant:
+    row = _row(3, True, True)
+    return dataclasses.replace(
+        row,
+        name=f"deepspeed-3-{suffix}",
+        family="deepspeed-3-offload",
+        level="offload",
+        setting=f"{row.setting}, {what}",
+        build=partial(build, stage=3, cpu_adam=True, overlap=True, offload=offload),
+    )
+
+
+CONTESTANTS = (
+    *(
+        _row(stage, cpu_adam, overlap)
+        for stage in (1, 2, 3)
+        for cpu_adam in (True, False)
+        for overlap in (True, False)
+    ),
+    # Its nvme offload needs an extension built on the spot, which dies on more than one rank here.
+    _offloaded("cpu", "optimizer offloaded to cpu", {"offload_optimizer": {"device": "cpu"}}),
 )
