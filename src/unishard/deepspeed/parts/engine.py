@@ -281,6 +281,13 @@ class DeepSpeedEngine(DataIO, Engine):
     def basic_optimizer(self) -> Any:
         return None if self.optimizer is None else self.optimizer.inner
 
+    def optimizer_name(self) -> str | None:
+        """The class of the script's own optimizer, or the configured type in lower case, as given."""
+        if self.client_optimizer is not None:
+            return type(self.client_optimizer).__name__
+        section = self.config.get("optimizer")  # pyright: ignore[reportAttributeAccessIssue]
+        return None if section is None else str(section["type"]).lower()
+
     def get_type(self) -> list[Any]:
         return (
             []

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from unishard.config import ResolvedConfig
+from unishard.optim.loss_scale import NoLossScale
 from unishard.optim.sharded import ShardedOptimizer
 
 
@@ -27,6 +28,11 @@ class DeepSpeedOptimizer(ShardedOptimizer):
     @property
     def loss_scaler(self) -> Any:
         """The loss scale's state: `cur_scale`, `loss_scale` and the settings it was built with."""
+        return ScalerView(self)
+
+    @property
+    def loss_scale_config(self) -> Any:
+        """As `loss_scaler`."""
         return ScalerView(self)
 
     @property
@@ -144,6 +150,8 @@ class ScalerView:
         "loss_scale": "scale",
         "scale_window": "window",
         "min_scale": "min_scale",
+        "min_loss_scale": "min_scale",
+        "scale_factor": "growth_factor",
         "delayed_shift": "hysteresis",
         "consecutive_hysteresis": "consecutive_hysteresis",
         "init_scale": "initial",
@@ -161,6 +169,14 @@ class ScalerView:
     @property
     def dynamic(self) -> bool:
         return hasattr(self._scaler, "window")
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self.dynamic
+
+    @property
+    def use_grad_scaling(self) -> bool:
+        return not isinstance(self._scaler, NoLossScale)
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
