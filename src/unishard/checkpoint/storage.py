@@ -24,7 +24,7 @@ _KICK = (
     32 << 20
 )  # bytes after which the kernel is asked to start writing to disk, so that fsync finds little left
 _HEAD = 8192
-_PIECE = 4 << 20
+_PIECE = 1 << 20
 """Bytes of the one buffer for what cannot be read to where it belongs: other dtypes, devices, scattered elements."""
 _SHORT_RUN = 4096  # bytes: shorter runs are read together with what lies between them
 _START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE
