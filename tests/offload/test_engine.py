@@ -85,6 +85,20 @@ def test_everything_else_is_not_in_memory(tmp_path: Path, ranks: Ranks) -> None:
     assert all(found == {"shard", "exp_avg", "exp_avg_sq"} for found in kinds.values())
 
 
+def where_shards_rest(zero: dict[str, Any]) -> tuple[list[float], set[str]]:
+    engine = engine_of(zero_optimization=zero)
+    losses = train(engine, 3)
+    tier = engine.schedule.groups[0].tiers.parameter
+    return losses, {tier.home(key).name for key in tier.keys()}  # noqa: SIM118
+
+
+def test_some_shards_may_stay_in_host_memory(tmp_path: Path, ranks: Ranks) -> None:
+    zero = nvme(str(tmp_path), "offload_param", max_in_cpu=1500)
+    losses, homes = ranks(where_shards_rest, zero, world_size=1)[0]
+    assert homes == {"cpu", "nvme"}
+    assert losses == ranks(losses_with, {}, world_size=1)[0][:3]
+
+
 def gathers_and_writes() -> None:
     with resting_late("optimizer+parameter"):
         engine = engine_of(bf16={"enabled": True})

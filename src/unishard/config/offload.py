@@ -15,13 +15,16 @@ Device = Annotated[Literal["none", "cpu", "nvme"], Auto(), Honoured()]
 
 
 class OffloadParam(Section):
-    """`zero_optimization.offload_param`: where shards of parameters rest."""
+    """`zero_optimization.offload_param`: where shards of parameters rest.
+
+    With `max_in_cpu`, that many elements of each rank stay in host memory, and nvme takes the rest.
+    """
 
     device: Device = "none"
     nvme_path: Annotated[str | None, Honoured()] = None
     buffer_count: Annotated[Count, _BUFFERS] = 5
     buffer_size: Annotated[Size, Auto(), _BUFFERS] = 10**8
-    max_in_cpu: Annotated[Size, Auto(), Translated("every shard rests on the device asked for")] = 10**9
+    max_in_cpu: Annotated[Size | None, Auto(), Honoured()] = None
     pin_memory: Annotated[bool, _PINNED] = False
 
 

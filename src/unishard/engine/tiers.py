@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from unishard.dist.agree import agree
 from unishard.dist.collectives import communicator
 from unishard.dist.mesh import Axes
 from unishard.sharding.ports import ON_DEVICE, Tier, Tiers
+from unishard.sharding.precision import as_dtype
 
 log = logging.getLogger("unishard")
 
@@ -49,11 +51,21 @@ def _tier(section: Any, rc: ResolvedConfig, device: torch.device) -> Tier | None
                     "unishard: offload to cpu: the model computes on the CPU, so its state is there already"
                 )
             return None
-        from unishard.offload.aligned import PinnedBudget
-        from unishard.offload.cpu import CpuTier
-
-        return CpuTier(PinnedBudget() if section.pin_memory else None)
+        return _host(section)
+    from unishard.offload.layered import LayeredTier
     from unishard.offload.nvme import BLOCK, NvmeTier
 
+    layers: list[tuple[Tier, float]] = []
+    if getattr(section, "max_in_cpu", None):
+        itemsize = as_dtype(rc.compute_dtype).itemsize
+        layers.append((_host(section), section.max_in_cpu * itemsize))
     given = rc.origin("aio.block_size") != "default"
-    return NvmeTier(section.nvme_path, block=rc.aio.block_size if given else BLOCK, depth=rc.aio.queue_depth)
+    nvme = NvmeTier(section.nvme_path, block=rc.aio.block_size if given else BLOCK, depth=rc.aio.queue_depth)
+    return LayeredTier([*layers, (nvme, math.inf)]) if layers else nvme
+
+
+def _host(section: Any) -> Tier:
+    from unishard.offload.aligned import PinnedBudget
+    from unishard.offload.cpu import CpuTier
+
+    return CpuTier(PinnedBudget() if section.pin_memory else None)
