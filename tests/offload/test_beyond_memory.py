@@ -21,7 +21,9 @@ LIMITS = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 )
 def test_a_part_of_the_memory_is_enough(tmp_path: Path) -> None:
     options = ["--nvme", str(tmp_path), "--width=256", "--depth=32", "--steps=2", "--share=0.25"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["in_memory_ended_with"] == -9
