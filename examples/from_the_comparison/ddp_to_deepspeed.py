@@ -33,7 +33,7 @@ def original():
 
 def migrated():
     # Initialize (no manual dist init needed)
-    model_engine, optimizer, _, _ = deepspeed.initialize(
+    model_engine, _optimizer, _, _ = deepspeed.initialize(
         model=tiny_gpt2(),
         config=str(Path(__file__).with_suffix(".json")),  # Optimizer config here
     )
@@ -49,7 +49,6 @@ def migrated():
 
 losses = []
 ddp_model = original()
-dist.destroy_process_group()
 model_engine = migrated()
 
 print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")

@@ -1,7 +1,7 @@
 """Migration Guide, From PyTorch DDP to FSDP: the wrapper changes, the training loop does not.
 
-Edits: the import lines; a tiny GPT-2 and its data (`TransformerBlock` is its block); gloo; `functools.partial` around the
-wrap policy.
+Edits: the import lines; a tiny GPT-2 and its data (`TransformerBlock` is its block); gloo; `functools.partial` around
+the wrap policy.
 """
 
 import functools

@@ -3,8 +3,8 @@
 Start it with `unishard run -n 2 --as-deepspeed`: the script itself has no import to change. The configuration is
 deepspeed_hf_trainer.json, which the original leaves open: ZeRO-2 with Hugging Face's "auto" values.
 
-Edits: a tiny GPT-2 and its data, and as few steps as fit it; `evaluation_strategy` is `eval_strategy` in transformers 5;
-the CPU.
+Edits: a tiny GPT-2 and its data, and logging as often as fits it; `evaluation_strategy` is `eval_strategy` in
+transformers 5; the CPU.
 """
 
 from pathlib import Path

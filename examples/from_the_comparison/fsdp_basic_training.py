@@ -36,9 +36,7 @@ model = FSDP(
 )
 
 # 4. Optimizer
-optimizer = torch.optim.AdamW(
-    model.parameters(), lr=2e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
-)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 
 # 5. Training loop
 losses = []

@@ -1,7 +1,7 @@
 """Advanced Topics, Checkpoint Management: sharded FSDP checkpointing, each rank its own file.
 
-Edits: the import line; a tiny GPT-2 and its data; gloo; `weights_only=False`, which torch itself needs since 2.6 to read
-sharded tensors back.
+Edits: the import line; a tiny GPT-2 and its data; gloo; `weights_only=False`, which torch itself needs since 2.6 to
+read sharded tensors back.
 """
 
 import torch

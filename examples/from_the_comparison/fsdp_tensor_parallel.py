@@ -1,7 +1,7 @@
 """Advanced Topics, Hybrid Parallelism: FSDP + Tensor Parallelism.
 
-Edits: the import line; a tiny model with the plan's module names, its data, and the device mesh that the original leaves
-open: tensor parallel pairs, and FSDP across the pairs.
+Edits: the import line; a tiny model with the plan's module names, its data, and the device mesh that the original
+leaves open: tensor parallel pairs, and FSDP across the pairs; whole outputs of `attn.qkv`.
 """
 
 import torch
@@ -16,7 +16,7 @@ from unishard.fsdp import FullyShardedDataParallel as FSDP
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(16, 48)
+        self.qkv = nn.Linear(16, 48, bias=False)
 
     def forward(self, x):
         query, key, value = self.qkv(x).chunk(3, dim=-1)

@@ -1,7 +1,7 @@
 """Migration Guide, From FSDP to DeepSpeed: the FSDP code, then `initialize` with fsdp_to_deepspeed.json instead.
 
-Edits: the import lines; a tiny GPT-2 and its data; gloo. In the configuration: the micro-batch, which DeepSpeed must know
-and the original leaves out, and `initial_scale_power`, so that a few steps are enough to find a loss scale.
+Edits: the import lines; a tiny GPT-2 and its data; gloo. In the configuration: the micro-batch, which DeepSpeed must
+know and the original leaves out, and `initial_scale_power`, so that a few steps are enough to find a loss scale.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one edit that all examples share: instead of `from_pretrained("gpt2")`, a tiny GPT-2 with random weights, and data."""
+"""The edit that all examples share: a tiny GPT-2 with random weights instead of `from_pretrained("gpt2")`, and data."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -47,6 +46,25 @@ def run(name: str) -> None:
     CHECKS[name](seen)
 
 
+def same_way(model: Any, steps: int, rows: int = 4, **options: Any) -> None:
+    """Whether 16-bit training went where one process goes in fp32: Adam makes steps of rounding errors, too."""
+    import tiny_gpt2
+
+    start, goal, reached = (
+        tiny_gpt2.tiny_gpt2().state_dict(),
+        plain(steps, 2e-5, rows, **options),
+        state_of(model),
+    )
+    names = [name.replace("_checkpoint_wrapped_module.", "") for name in reached]
+    assert set(names) == set(goal)
+    done = torch.cat(
+        [(reached[key] - start[name]).flatten() for key, name in zip(reached, names, strict=True)]
+    )
+    meant = torch.cat([(goal[name] - start[name]).flatten() for name in names])
+    assert torch.nn.functional.cosine_similarity(done, meant, dim=0) > 0.9
+    assert done.norm().item() == pytest.approx(meant.norm().item(), rel=0.1)
+
+
 def falls(losses: list[float]) -> None:
     assert all(math.isfinite(loss) for loss in losses), losses
     assert losses[-1] < losses[0], losses
@@ -69,7 +87,9 @@ def plain(steps: int, lr: float, rows: int = 4, **options: Any) -> dict[str, Ten
 def same(left: dict[str, Any], right: dict[str, Any], rtol: float = 1e-4, atol: float = 1e-5) -> None:
     assert set(left) == set(right)
     for name, value in left.items():
-        torch.testing.assert_close(value.float(), right[name].float(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value.float(), right[name].float(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def state_of(model: Any) -> dict[str, Tensor]:
@@ -92,7 +112,7 @@ def check_deepspeed_basic_training(seen: Seen) -> None:
 
 def check_fsdp_basic_training(seen: Seen) -> None:
     assert len(FSDP.fsdp_modules(seen["model"])) == 3  # the model, and two blocks
-    same(state_of(seen["model"]), plain(12, 2e-5, rows=16), atol=5e-5)
+    same_way(seen["model"], 12, rows=16)
     assert sum(p.to_local().numel() for p in seen["model"].parameters()) < 25_000  # of 29 thousand
 
 
@@ -100,7 +120,7 @@ def check_deepspeed_zero3_cpu_offload(seen: Seen) -> None:
     engine = seen["model_engine"]
     assert engine.gradient_accumulation_steps() == 16
     assert engine.global_steps == 4
-    same(state_of(engine), plain(4, 2e-5, rows=64, weight_decay=0.0), rtol=1e-2, atol=1e-3)
+    same_way(engine, 4, rows=64, weight_decay=0.0)
 
 
 def check_fsdp_cpu_offload(seen: Seen) -> None:
@@ -108,7 +128,7 @@ def check_fsdp_cpu_offload(seen: Seen) -> None:
     assert len(FSDP.fsdp_modules(model)) > 1
     assert sum(type(m).__name__ == "CheckpointWrapper" for m in model.modules()) == 2
     assert all(p.device.type == "cpu" for p in model.parameters())
-    same({k.replace("_checkpoint_wrapped_module.", ""): v for k, v in state_of(model).items()}, plain(12, 2e-5), atol=1e-4)
+    same_way(model, 12)
 
 
 def check_deepspeed_hf_trainer(seen: Seen) -> None:
@@ -131,7 +151,7 @@ def check_ddp_to_deepspeed(seen: Seen) -> None:
 
 def check_ddp_to_fsdp(seen: Seen) -> None:
     assert len(FSDP.fsdp_modules(seen["model"])) == 3
-    same(state_of(seen["model"]), plain(12, 2e-5), atol=5e-5)
+    same_way(seen["model"], 12)
 
 
 def check_deepspeed_to_fsdp(seen: Seen) -> None:
@@ -140,14 +160,14 @@ def check_deepspeed_to_fsdp(seen: Seen) -> None:
     assert engine.zero_offload_optimizer().device == "cpu"
     assert engine.global_steps - engine.skipped_steps >= 3
     falls(seen["deepspeed_losses"])
-    same(state_of(seen["model"]), plain(12, 2e-5), atol=5e-5)
+    same_way(seen["model"], 12)
 
 
 def check_fsdp_to_deepspeed(seen: Seen) -> None:
     falls(seen["fsdp_losses"])
     assert seen["model_engine"].skipped_steps < 6
-    same(state_of(seen["model"]), plain(12, 2e-5), atol=5e-5)
-    same(state_of(seen["model_engine"]), state_of(seen["model"]), atol=5e-4)
+    same_way(seen["model"], 12)
+    same_way(seen["model_engine"], 12 - seen["model_engine"].skipped_steps)
 
 
 def check_deepspeed_checkpoints(seen: Seen) -> None:
@@ -187,15 +207,43 @@ def check_fsdp_sharded_state_dict(seen: Seen) -> None:
 
 
 def check_fsdp_gradient_hooks(seen: Seen) -> None:
-    assert seen["seen"], "no hook ran"
-    assert all(torch.isfinite(value).all() for value in state_of(seen["model"]).values())
+    shapes = {tuple(p.shape) for p in seen["model"].parameters()}
+    assert seen["seen"] == shapes, "a hook for each parameter gets its whole gradient"
+    same_mostly(state_of(seen["model"]), quantized_by_hand(seen["quantize"], seen["tiny_gpt2"]()))
+
+
+def quantized_by_hand(quantize: Callable[[Tensor], Tensor], model: Any) -> dict[str, Tensor]:
+    """One process: each rank's gradient quantized by itself, then the mean."""
+    import tiny_gpt2
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    world = dist.get_world_size()
+    rows = tiny_gpt2.Rows(4 * 4 * world)
+    for step in range(4):
+        optimizer.zero_grad()
+        for rank in range(world):
+            picked = [rows[4 * world * step + world * place + rank] for place in range(4)]
+            batch = {key: torch.stack([row[key] for row in picked]) for key in picked[0]}
+            grads = torch.autograd.grad(model(batch).loss, list(model.parameters()))
+            for param, grad in zip(model.parameters(), grads, strict=True):
+                share = quantize(grad) / world
+                param.grad = share if param.grad is None else param.grad + share
+        optimizer.step()
+    return dict(model.state_dict())
+
+
+def same_mostly(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """But for the few elements that rounding sends to the next of 255 values."""
+    close = torch.cat([torch.isclose(left[name], right[name], atol=1e-5).flatten() for name in right])
+    assert close.float().mean() > 0.99
 
 
 def check_fsdp_profiler(seen: Seen) -> None:
-    assert "aten::addmm" in seen["table"]
-    traces = [json.loads(path.read_text()) for path in Path("log").glob("*.pt.trace.json")]
-    assert traces
-    assert all(trace["traceEvents"] for trace in traces)
+    assert "Self CPU time total" in seen["table"]
+    dist.barrier()
+    traces = list(Path("log").glob("*.pt.trace.json"))
+    assert len(traces) == 2
+    assert b"aten::addmm" in traces[dist.get_rank()].read_bytes()
     same(state_of(seen["model"]), plain(5, 1e-3))
 
 
@@ -209,7 +257,10 @@ def check_fsdp_tensor_parallel(seen: Seen) -> None:
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(model(inputs), targets).backward()
         optimizer.step()
-    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state_of(seen["fsdp_model"]).items()}
+    whole = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in state_of(seen["fsdp_model"]).items()
+    }
     same(whole, dict(model.state_dict()), rtol=1e-3, atol=1e-4)
 
 
