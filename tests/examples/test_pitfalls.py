@@ -131,6 +131,7 @@ def case_dist_backend() -> None:
     deepspeed.init_distributed()
     assert dist.get_backend() == ("nccl" if torch.cuda.is_available() else "gloo")
     assert dist.get_world_size() == 2
+    dist.barrier()  # who leaves first cuts off who is still connecting
 
 
 def case_dist_backend_named() -> None:
@@ -139,6 +140,7 @@ def case_dist_backend_named() -> None:
     if not torch.cuda.is_available():
         assert "no GPU here; gloo is used instead of nccl" in notes.text
         assert dist.get_backend() == "gloo"
+    dist.barrier()
 
 
 def case_pipeline() -> None:
@@ -225,8 +227,9 @@ def case_no_state_dict_type() -> None:
 
 def case_small_model() -> None:
     policy = size_based_auto_wrap_policy(min_num_params=1000)
-    shown = repr(FSDP(fresh(), auto_wrap_policy=policy))
-    assert shown.count("FullyShardedDataParallel(") == 3
+    model = FSDP(fresh(), auto_wrap_policy=policy)
+    assert "2 x FullyShardedDataParallel(" in repr(model)
+    assert len(FSDP.fsdp_modules(model)) == 3
 
 
 GROUPLESS = {"dist_backend", "dist_backend_named", "no_process_group"}
