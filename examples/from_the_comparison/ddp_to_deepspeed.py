@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import unishard.deepspeed as deepspeed
 
 
-def original():
+def original() -> torch.nn.Module:
     # Initialize
     dist.init_process_group(backend="gloo")
     model = DDP(tiny_gpt2())
@@ -31,7 +31,7 @@ def original():
     return model.module
 
 
-def migrated():
+def migrated() -> deepspeed.DeepSpeedEngine:
     # Initialize (no manual dist init needed)
     model_engine, _optimizer, _, _ = deepspeed.initialize(
         model=tiny_gpt2(),
@@ -47,7 +47,7 @@ def migrated():
     return model_engine
 
 
-losses = []
+losses: list[float] = []
 ddp_model = original()
 model_engine = migrated()
 

@@ -15,7 +15,7 @@ ds_config = {
 }
 
 
-def train(model_engine, steps):
+def train(model_engine: deepspeed.DeepSpeedEngine, steps: int) -> list[float]:
     losses = []
     for batch in dataloader(batch_size=4, steps=steps):
         loss = model_engine(batch).loss

@@ -1,7 +1,8 @@
 """Code Examples, Hugging Face Integration: DeepSpeed with HF Trainer.
 
 Start it with `unishard run -n 2 --as-deepspeed`: the script itself has no import to change. The configuration is
-deepspeed_hf_trainer.json, which the original leaves open: ZeRO-2 with Hugging Face's "auto" values.
+deepspeed_hf_trainer.json, which the original leaves open: ZeRO-2 with Hugging Face's "auto" values,
+and a first loss scale that few steps can settle from.
 
 Edits: a tiny GPT-2 and its data, and logging as often as fits it; `evaluation_strategy` is `eval_strategy` in
 transformers 5; the CPU.

@@ -14,39 +14,40 @@ from unishard.fsdp import FullyShardedDataParallel as FSDP
 
 
 class Attention(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(16, 48, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         return nn.functional.scaled_dot_product_attention(query, key, value)
 
 
 class MLP(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(16, 64)
         self.fc2 = nn.Linear(64, 16)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.attn = Attention()
         self.mlp = MLP()
         self.head = nn.Linear(16, 4)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(x)
         return self.head(x + self.mlp(x))
 
 
-def batch_of(group, step=0):
-    generator = torch.Generator().manual_seed(100 * step + group)
+def batch_of(group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch of a tensor-parallel group: inputs (4, 8, 16) and targets (4, 8, 4)."""
+    generator = torch.Generator().manual_seed(group)
     return torch.randn(4, 8, 16, generator=generator), torch.randn(4, 8, 4, generator=generator)
 
 
