@@ -97,6 +97,26 @@ class ShardedParameter(SwappedParameter):
         local: Any = self.sharded
         return super().writes + local._local_tensor._version
 
+    def take_grad(self) -> torch.Tensor | None:
+        """The fresh local gradient, after the hooks that users registered on the parameter they see.
+
+        Those get this rank's whole gradient of this backward, before it is reduced, as in one process.
+        """
+        grad = super().take_grad()
+        hooks = self.sharded._backward_hooks
+        if not hooks or grad is None:
+            return grad
+        for hook in list(hooks.values()):
+            with torch.no_grad():
+                changed = hook(grad)
+            if changed is not None and changed.shape != grad.shape:
+                raise ShardingError(
+                    f"{self.fqn}: a hook of register_hook made a gradient of shape {tuple(changed.shape)} out of "
+                    f"{tuple(grad.shape)}; return the same shape, or None to leave it as it is"
+                )
+            grad = grad if changed is None else changed
+        return grad
+
     def accept(self, local: torch.Tensor) -> None:
         """Add a reduced local gradient to the sharded parameter's, and run the hooks users put there."""
         if self.sharded.grad is None:

@@ -15,6 +15,7 @@ from unishard.deepspeed.parts.accessors import CONFIG_ACCESSORS, config_accessor
 from unishard.deepspeed.parts.configuration import ConfigView
 from unishard.deepspeed.parts.data import DataIO
 from unishard.deepspeed.parts.fragments import note_optimizer
+from unishard.deepspeed.parts.misuse import EmptyStateNote, compare_batch
 from unishard.engine.engine import Engine
 from unishard.errors import StateError, UnsupportedError
 from unishard.optim.sharded import ShardedOptimizer
@@ -40,6 +41,9 @@ class DeepSpeedEngine(DataIO, Engine):
         self.client_optimizer: Any = None
         self.collate_fn: Callable[[Any], Any] | None = None
         self.loaded_checkpoint_tag: str | None = None
+        self._batch_compared = False
+        self._empty_state_note = EmptyStateNote()
+        self.module.register_state_dict_post_hook(self._empty_state_note)
 
     def complete(
         self, config: ConfigView, args: Any, collate_fn: Callable[[Any], Any] | None, client: Any
@@ -55,6 +59,9 @@ class DeepSpeedEngine(DataIO, Engine):
     # forward and backward -----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._batch_compared and torch.is_grad_enabled():
+            self._batch_compared = True
+            compare_batch((args, kwargs), self.train_micro_batch_size_per_gpu())
         output = super().forward(*args, **kwargs)
         if self.gradient_accumulation_steps() > 1 and torch.is_grad_enabled():
             self._divide_in_plain_backward(output)
@@ -148,7 +155,9 @@ class DeepSpeedEngine(DataIO, Engine):
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Whole parameters and buffers on every rank. All ranks call together."""
+        quiet, self._empty_state_note.quiet = self._empty_state_note.quiet, True
         state = super().module_state_dict()
+        self._empty_state_note.quiet = quiet
         if exclude_frozen_parameters:
             for name, param in self.module.named_parameters(remove_duplicate=False):
                 if not param.requires_grad:
