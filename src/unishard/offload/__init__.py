@@ -4,7 +4,6 @@
 |---|---|
 | `device`, `cpu`, `nvme` | the tiers, behind `unishard.sharding.ports.Tier` |
 | `layered` | several tiers, filled one after the other |
-| `pipeline` | an update that reads the next group and writes the previous one meanwhile |
 | `activations` | activations that rest on a tier between forward and backward |
 
 See docs/offload.md.
@@ -18,15 +17,12 @@ from unishard.offload.cpu import CpuTier
 from unishard.offload.device import DeviceTier
 from unishard.offload.layered import LayeredTier
 from unishard.offload.nvme import NvmeTier
-from unishard.offload.pipeline import Swapped, SwappedStep
 
 __all__ = [
     "CpuTier",
     "DeviceTier",
     "LayeredTier",
     "NvmeTier",
-    "Swapped",
-    "SwappedStep",
     "aligned_empty",
     "offload_activations",
 ]
