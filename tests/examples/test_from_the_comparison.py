@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -19,9 +20,13 @@ from torch import Tensor
 from unishard.fsdp import FullyShardedDataParallel as FSDP
 from unishard.testing import RankPool
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytestmark = [pytest.mark.hf, pytest.mark.slow]
+# Looked for, not imported: accelerate asks at its import whether there is a deepspeed, and there is one only later.
+_MISSING = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.hf,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(_MISSING), reason=f"needs {', '.join(_MISSING)}"),
+]
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "from_the_comparison"
 Seen = dict[str, Any]

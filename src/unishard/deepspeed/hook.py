@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from unishard.errors import StateError
+
+log = logging.getLogger("unishard")
 
 NAME, TARGET = "deepspeed", "unishard.deepspeed"
 ENVIRONMENT = "UNISHARD_AS_DEEPSPEED"
@@ -85,6 +88,11 @@ def install() -> None:
             f"deepspeed {getattr(loaded, '__version__', '?')} from {getattr(loaded, '__file__', '?')} is imported "
             "already: call unishard.deepspeed.install() before the first `import deepspeed` (imports of transformers "
             "or accelerate may be that), or start the script with `unishard run --as-deepspeed`"
+        )
+    if "accelerate" in sys.modules and importlib.util.find_spec(NAME) is None:
+        log.warning(
+            "unishard: accelerate was imported before unishard.deepspeed.install(), and saw no deepspeed then: call "
+            "install() first, or start the script with `unishard run --as-deepspeed`"
         )
     sys.meta_path.insert(0, AliasFinder())  # pyright: ignore[reportArgumentType]
     importlib.invalidate_caches()
