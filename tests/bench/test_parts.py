@@ -66,7 +66,8 @@ def test_the_counter_sees_this_run_only():
         if not ranks.own_network:
             pytest.skip("network namespaces are not allowed here")
         sent = ranks.call(send_megabytes, 20)
-    assert sent[0] == pytest.approx(20 * MB, rel=0.05)
+    # Headers, and what TCP sends again when the other side is late to read.
+    assert 20 * MB <= sent[0] < 27 * MB
 
 
 def test_a_rank_that_raises_is_named_and_all_are_ended():
