@@ -191,7 +191,11 @@ void Swap::serve(State& state) {
         const Outcome outcome =
             lost ? Outcome{} : move_block(bounce, transfer, start, bytes, transfer.checksums + index);
         lock.lock();
-        if (outcome.ending != Ending::well && request->outcome.ending == Ending::well) request->outcome = outcome;
+        // Blocks are taken in order and end in any: the first one lost is told, so that a fault reads the same each time.
+        if (outcome.ending != Ending::well &&
+            (request->outcome.ending == Ending::well || outcome.offset < request->outcome.offset)) {
+            request->outcome = outcome;
+        }
         if (--request->unfinished == 0) state.finished.notify_all();
     }
 }
