@@ -105,6 +105,25 @@ def test_a_background_save_keeps_the_values_it_was_given(tmp_path: Path) -> None
     same(checkpoint.read_tensor(folder, "w"), torch.arange(2_000_000.0))
 
 
+def test_background_saves_in_a_row_share_one_copy_and_mix_nothing(tmp_path: Path) -> None:
+    """Values of other dtypes, sizes and numbers from save to save, each started while the one before may be running."""
+    states = [
+        {"a": torch.full((700_000,), 1.0), "b": torch.arange(33, dtype=torch.int64)},
+        {"a": torch.full((700_000,), 2.0), "b": torch.arange(33, dtype=torch.int64) + 1},
+        {"c": torch.full((3, 5), 3.0, dtype=torch.bfloat16), "a": torch.full((900_001,), 4.0)},
+    ]
+    expected = [{key: value.clone() for key, value in state.items()} for state in states]
+    pending = []
+    for number, state in enumerate(states):
+        pending.append(checkpoint.async_save(state, tmp_path / str(number)))
+        for value in state.values():
+            value.zero_()
+    assert pending[0].staging is pending[1].staging is pending[2].staging
+    for save, state in zip(pending, expected, strict=True):
+        for key, value in state.items():
+            same(checkpoint.read_tensor(save.result(), key), value)
+
+
 def test_large_tensors_are_cut_into_chunks_and_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from unishard.checkpoint.entries import Contents
+from unishard.checkpoint.entries import Contents, Staging
 from unishard.checkpoint.meeting import GroupMeeting, StoreMeeting, world
 from unishard.checkpoint.saving import Place, begin, finish
 
@@ -18,8 +18,10 @@ log = logging.getLogger("unishard")
 class PendingSave:
     """A save under way. `result()` waits for it."""
 
-    def __init__(self, place: Place, draft: Path, contents: Contents) -> None:
+    def __init__(self, place: Place, draft: Path, contents: Contents, staging: Staging) -> None:
         self.folder = place.parent / place.tag
+        self.staging = staging
+        """Holds `contents` until this has ended."""
         self._error: BaseException | None = None
         self._raised = False
         # The draft's name is unique and the same on all ranks.
@@ -66,6 +68,7 @@ class SaveQueue:
     def __init__(self, limit: int = 1) -> None:
         self._limit = limit
         self._pending: deque[PendingSave] = deque()
+        self._unused: list[Staging] = []
 
     def start(self, place: Place, contents: Contents) -> PendingSave:
         """Copy what is to be written and save it in the background. All ranks call together.
@@ -73,20 +76,25 @@ class SaveQueue:
         Training may go on as soon as this returns: what changes from then on does not change the checkpoint.
         """
         while len(self._pending) >= self._limit:
-            self._pending.popleft().result()
+            self._oldest().result()
         draft = begin(place, GroupMeeting(world()))
-        pending = PendingSave(place, draft, contents.snapshot())
+        staging = self._unused.pop() if self._unused else Staging()
+        pending = PendingSave(place, draft, contents.snapshot(staging), staging)
         self._pending.append(pending)
+        return pending
+
+    def _oldest(self) -> PendingSave:
+        """Take it out; it ends before the next save starts, and leaves its memory to that."""
+        pending = self._pending.popleft()
+        self._unused.append(pending.staging)
         return pending
 
     def check(self) -> None:
         """Raise the error of a save that ended badly; forget those that ended well."""
         while self._pending and self._pending[0].done():
-            pending = self._pending[0]
-            self._pending.popleft()
-            pending.check()
+            self._oldest().check()
 
     def wait(self) -> None:
         """Return once everything is committed; raise the first error."""
         while self._pending:
-            self._pending.popleft().result()
+            self._oldest().result()

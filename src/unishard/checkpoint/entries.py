@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from unishard.checkpoint.boxes import Box, boxes_of_run, split_rows, whole
+
+_ALIGNED = 64  # bytes, for whole cache lines
 
 
 class Part(NamedTuple):
@@ -73,15 +75,35 @@ class Contents:
         """Whether every tensor is in memory, so that a snapshot can be had."""
         return all(entry.away is None for entry in self.entries.values())
 
-    def snapshot(self) -> Contents:
+    def snapshot(self, staging: Staging) -> Contents:
         """The same with copies in host memory of everything written: what changes later does not change these."""
+        copied = iter(staging.copy([p.tensor for e in self.entries.values() for p in e.written]))
         copies = {
-            key: Entry(
-                key, e.shape, [], [Part(p.box, p.tensor.detach().to("cpu", copy=True)) for p in e.written]
-            )
+            key: Entry(key, e.shape, [], [Part(p.box, next(copied)) for p in e.written])
             for key, e in self.entries.items()
         }
         return Contents(copies, dict(self.blobs), dict(self.aliases))
+
+
+class Staging:
+    """Host memory for one snapshot after another. It is kept between them: memory that the system has to hand out
+    afresh, page by page, takes several times as long to fill as the same memory again."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Flat copies, valid until the next call."""
+        starts = list(itertools.accumulate((-(-t.nbytes // _ALIGNED) * _ALIGNED for t in tensors), initial=0))
+        if self._memory.numel() < starts[-1]:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # gone before there is more
+            pinned = any(t.is_cuda for t in tensors)
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+        copies = []
+        for tensor, start in zip(tensors, starts, strict=False):
+            target = self._memory[start : start + tensor.nbytes].view(tensor.dtype)
+            copies.append(target.copy_(tensor.detach().reshape(-1)))
+        return copies
 
 
 def run_parts(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> list[Part]:

@@ -102,15 +102,15 @@ def _shard_entry(key: str, group: ShardGroup, index: int, flat: torch.Tensor) ->
     """One parameter's part of a flat shard, or of something laid out like it."""
     shape = tuple(group.buffer.layout.shapes[index])
     parts: list[Part] = []
-    for span in _spans(group):
-        if span.index == index:
-            parts = run_parts(shape, span.source, flat[span.target : span.target + span.numel])
+    span = _spans(group).get(index)
+    if span is not None:
+        parts = run_parts(shape, span.source, flat[span.target : span.target + span.numel])
     replicas = group.axes.replicate
     return Entry(key, shape, parts, share(parts, replicas.rank, replicas.size))
 
 
-def _spans(group: ShardGroup) -> Sequence[Any]:
-    spans = group.buffer.shard_spans(group.axes.shard.rank)
+def _spans(group: ShardGroup) -> Mapping[int, Any]:
+    spans = group.buffer.own_spans
     if spans is None:
         raise UnsupportedError(
             f"{group.name}: parameters split along other dims than the first are saved as DTensors, with "
@@ -157,14 +157,14 @@ def optimizer_contents(optimizer: ShardedOptimizer, module: nn.Module, world: Co
 
 def _add_state(contents: Contents, key: str, piece: Piece, value: Any) -> None:
     group, index = piece.group, piece.index
-    first = group.axes.replicate.rank == 0 and any(s.index == index and s.source == 0 for s in _spans(group))
+    span = _spans(group).get(index)
+    first = group.axes.replicate.rank == 0 and span is not None and span.source == 0
     if not isinstance(value, torch.Tensor):
         if first:
             contents.blobs[key] = value
     elif value.numel() == piece.param.numel() and value.dim() == 1:
         shape = tuple(group.buffer.layout.shapes[index])
-        span = next(s for s in _spans(group) if s.index == index)
-        parts = run_parts(shape, span.source, value.detach())
+        parts = run_parts(shape, span.source, value.detach()) if span is not None else []
         replicas = group.axes.replicate
         contents.add(Entry(key, shape, parts, share(parts, replicas.rank, replicas.size)))
     else:

@@ -130,6 +130,12 @@ class GroupBuffer(ABC):
         """Where `rank`'s shard comes from: from parameter `index` to the shard. `None` if runs are not contiguous."""
 
     @cached_property
+    def own_spans(self) -> dict[int, Span] | None:
+        """Where this rank's shard comes from, by parameter; those of which it has nothing are left out."""
+        spans = self.shard_spans(self.comm.rank)
+        return None if spans is None else {span.index: span for span in spans}
+
+    @cached_property
     def sums_single(self) -> bool:
         """Whether gradients can be summed where autograd left them, one tensor a parameter."""
         return self.comm.window is not None and self.shard_spans(self.comm.rank) is not None
