@@ -7,7 +7,7 @@ place; `DimBuffer` splits every parameter along its own dim and copies out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -27,6 +27,7 @@ from unishard.dist.in_place import (
 )
 from unishard.sharding.dim_layout import DimLayout
 from unishard.sharding.layout import FlatLayout
+from unishard.sharding.no_grad import no_grad
 
 
 class GroupBuffer(ABC):
@@ -70,19 +71,18 @@ class GroupBuffer(ABC):
         self._reduce_plans: dict[torch.dtype, ReducePlan] = {}
 
     def _make_views(self) -> list[torch.Tensor]:
-        return [
-            self._view(offset, shape)
-            for offset, shape in zip(self.layout.offsets, self.layout.shapes, strict=True)
-        ]
+        return [self._view(*place) for place in self._slots]
 
-    def _view(self, offset: int, shape: Sequence[int]) -> torch.Tensor:
-        strides, step = [], 1
-        for extent in reversed(shape):
-            strides.append(step)
-            step *= max(extent, 1)
+    @cached_property
+    def _slots(self) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """Sizes, strides and offset of each parameter in a whole buffer."""
+        shapes = [tuple(shape) for shape in self.layout.shapes]
+        return list(zip(shapes, map(_row_major, shapes), self.layout.offsets, strict=True))
+
+    def _view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
         with torch.inference_mode(False):
             empty = torch.empty(0, dtype=self.compute, device=self.device)
-            return empty.set_(self.full.untyped_storage(), offset, tuple(shape), tuple(reversed(strides)))
+            return empty.set_(self.full.untyped_storage(), offset, shape, strides)
 
     def allocate(self) -> None:
         """Give `full` its memory back; contents are undefined."""
@@ -228,6 +228,11 @@ class GroupBuffer(ABC):
     def write(self, target: torch.Tensor, index: int, grad: torch.Tensor | None, accumulate: bool) -> None:
         """Put the whole gradient of parameter `index` (`None`: zeros) where `target`, a reduce buffer, wants it."""
 
+    def write_all(self, target: torch.Tensor, grads: Mapping[int, torch.Tensor], accumulate: bool) -> None:
+        """`write` for several parameters, in fewer calls."""
+        for index, grad in grads.items():
+            self.write(target, index, grad, accumulate)
+
     @abstractmethod
     def new_reduce_buffer(self, dtype: torch.dtype) -> torch.Tensor:
         """A buffer of `comm.size * shard_numel` elements for `write` to fill, padding already zero."""
@@ -262,7 +267,7 @@ class FlatBuffer(GroupBuffer):
         self._fill_own()
         return self.comm.all_gather(self.full, label=label)
 
-    @torch.no_grad()
+    @no_grad
     def _fill_own(self) -> torch.Tensor:
         """Put the shard where it belongs in `full`; returns a place where its values stay until they are read."""
         self.allocate()
@@ -298,6 +303,11 @@ class FlatBuffer(GroupBuffer):
             slot.view(shape).add_(grad)
         else:
             slot.view(shape).copy_(grad)
+
+    def write_all(self, target: torch.Tensor, grads: Mapping[int, torch.Tensor], accumulate: bool) -> None:
+        slots = [target.as_strided(*self._slots[index]) for index in grads]
+        write = torch._foreach_add_ if accumulate else torch._foreach_copy_
+        write(slots, list(grads.values()))
 
     def new_reduce_buffer(self, dtype: torch.dtype) -> torch.Tensor:
         buffer = torch.empty(self.layout.numel, dtype=dtype, device=self.device)
@@ -400,7 +410,7 @@ class DimBuffer(GroupBuffer):
     def reads_in_place(self) -> bool:
         return self._gather_plan is not None
 
-    @torch.no_grad()
+    @no_grad
     def gather_part(self) -> GatherPart:
         self.allocate()
         source = self._outgoing()
@@ -408,7 +418,7 @@ class DimBuffer(GroupBuffer):
         torch._foreach_copy_(self._own_targets, locals_)
         return GatherPart(source, self.full, self._gather_plan or ())
 
-    @torch.no_grad()
+    @no_grad
     def _copy_out(self, staging: torch.Tensor) -> None:
         by_rank = staging.view(self.comm.size, -1)
         for index, target in enumerate(self._targets):
@@ -440,6 +450,14 @@ class DimBuffer(GroupBuffer):
         even = all(self.layout.even(i) for i in range(len(self.layout.shapes)))
         make = torch.empty if even else torch.zeros
         return make(size, dtype=dtype, device=self.device)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
 
 
 def _gaps(layout: FlatLayout) -> list[tuple[int, int]]:

@@ -11,13 +11,17 @@ from unishard.dist.in_place import Contribution, Sources, Target, sum_dtype
 from unishard.dist.mesh import Axes
 from unishard.errors import StateError
 from unishard.sharding.buffer import GroupBuffer
+from unishard.sharding.no_grad import no_grad
 from unishard.sharding.precision import GroupPrecision
+
+_SMALL = 1 << 16
+"""Bytes up to which a gradient waits for others, to be copied together: a call costs more than such a copy."""
 
 
 class GroupGradients:
     """Accumulates one group's gradients; reset only by `clear()`, whatever number of backwards came before.
 
-    Four resting places. `fresh`: autograd's own tensors of this backward, summed from where they are. Each of the
+    Resting places. `fresh`: autograd's own tensors of this backward, summed from where they are. Each of the
     others is a sum over the micro-batches so far: `whole` (this rank's own, not reduced, laid out for the
     reduce-scatter), `replica_partial` (reduced along dp_shard, not yet across replicas) and `shard` (reduced over all
     ranks and averaged: 1-D, `layout.shard_numel` elements, `precision.grad` dtype).
@@ -33,6 +37,8 @@ class GroupGradients:
         self.predivide: float = 1.0
         self.all_reduce_hook: Callable[[torch.Tensor], None] | None = None
         self.fresh: dict[int, torch.Tensor] = {}
+        self.small: dict[int, torch.Tensor] = {}
+        """Autograd's own tensors too, of little memory, that wait to be copied into `whole` together."""
         self.whole: torch.Tensor | None = None
         self.filled: set[int] = set()
         """Parameters that `whole` holds a gradient of, from this backward or an earlier one."""
@@ -49,8 +55,7 @@ class GroupGradients:
         Without a reduction this backward, sums rest in the gradient dtype: 16-bit wires must not round running sums.
         """
         if torch.is_grad_enabled():
-            # A backward that makes a graph. Otherwise gradients are off, and asking for it costs as much as the rest.
-            with torch.no_grad():
+            with torch.no_grad():  # a backward that makes a graph
                 return self.collect(index, grad, reduce_follows)
         self.arrived.add(index)
         if self.predivide != 1.0:
@@ -58,30 +63,59 @@ class GroupGradients:
             grad = grad / self.predivide
         # Peers read memory, where a tensor subclass (an extension's, a collective's under way) need not have its value.
         plain = type(grad) is torch.Tensor
-        stays = reduce_follows and self.whole is None and self.buffer.sums_single and plain
-        if stays and grad.dtype == self.precision.reduce:
+        dtype = self.precision.reduce if reduce_follows else self.precision.grad
+        if (
+            plain
+            and reduce_follows
+            and self.whole is None
+            and self.buffer.sums_single
+            and grad.dtype == dtype
+        ):
             known = self.fresh.get(index)
             self.fresh[index] = grad.detach().contiguous() if known is None else known.add_(grad)
             return
         if self.fresh:
             self._pack()
-        self._write(index, grad, self.precision.reduce if reduce_follows else self.precision.grad)
+        self._allocate(dtype)
+        if plain and index not in self.small and grad.nbytes <= _SMALL:
+            self.small[index] = grad
+        else:
+            self._write(index, grad)
 
     def _pack(self) -> None:
-        for index, grad in self.fresh.items():
-            self._write(index, grad, self.precision.reduce)
-        self.fresh.clear()
+        fresh, self.fresh = self.fresh, {}
+        self._allocate(self.precision.reduce)
+        for index, grad in fresh.items():
+            self._write(index, grad)
 
-    def _write(self, index: int, grad: torch.Tensor, dtype: torch.dtype) -> None:
+    @no_grad
+    def _pack_small(self) -> None:
+        whole, small = self.whole, self.small
+        if whole is None or not small:
+            return
+        self.small = {}
+        for accumulate in (False, True):
+            part = {index: grad for index, grad in small.items() if (index in self.filled) is accumulate}
+            if part:
+                self.buffer.write_all(whole, part, accumulate)
+        self.filled.update(small)
+
+    def _allocate(self, dtype: torch.dtype) -> None:
         if self.whole is None:
             self.whole = self.buffer.new_reduce_buffer(dtype)
             self.filled.clear()
-        self.buffer.write(self.whole, index, grad, accumulate=index in self.filled)
-        self.filled.add(index)
 
-    @torch.no_grad()
+    def _write(self, index: int, grad: torch.Tensor) -> None:
+        if self.whole is not None:
+            if index in self.small:
+                self._pack_small()
+            self.buffer.write(self.whole, index, grad, accumulate=index in self.filled)
+            self.filled.add(index)
+
+    @no_grad
     def take(self) -> Sources:
         """Everything collected so far, to be reduced; parameters without a gradient contribute zeros."""
+        self._pack_small()
         whole, self.whole = self.whole, None
         if whole is None and self.buffer.sums_single:
             fresh, self.fresh = self.fresh, {}
@@ -90,7 +124,8 @@ class GroupGradients:
         if whole is None:
             whole = self.buffer.new_reduce_buffer(self.precision.reduce)
             self.filled.clear()
-        for index in range(len(self.buffer.layout.shapes)):
+        parameters = len(self.buffer.layout.shapes)
+        for index in range(parameters) if len(self.filled) < parameters else ():
             if index not in self.filled:
                 self.buffer.write(whole, index, None, accumulate=False)
         self.filled.clear()
@@ -125,7 +160,7 @@ class GroupGradients:
         self.shard = self.buffer.new_shard(self.precision.grad)
         return Target(self.shard, accumulate=False, scale=self.scale)
 
-    @torch.no_grad()
+    @no_grad
     def receive(self, total: torch.Tensor, scale: float) -> None:
         """Add `scale` times a sum over all ranks."""
         if scale != 1.0:
@@ -146,6 +181,7 @@ class GroupGradients:
 
     def end_backward(self) -> None:
         """Everything that this backward brings has arrived."""
+        self._pack_small()
         self.touched |= self.arrived
 
     @property
@@ -162,6 +198,7 @@ class GroupGradients:
         """Drop what a failed backward left."""
         self.whole = None
         self.fresh.clear()
+        self.small.clear()
         self.filled.clear()
 
     def clear(self) -> None:
@@ -211,7 +248,7 @@ class Reduction:
     def has_next_phase(self) -> bool:
         return self._across
 
-    @torch.no_grad()
+    @no_grad
     def advance(self) -> bool:
         """Finish the collective under way and start the next. True once the gradient has arrived.
 

@@ -65,6 +65,7 @@ class ShardGroup:
         self.held = False
         """Whether a `gather` block keeps the whole parameters in sight, whatever runs inside it."""
         self.trainable: frozenset[int] = frozenset()
+        self._flags: list[bool] = []
         self.refresh_trainable()
 
     def __repr__(self) -> str:
@@ -72,10 +73,12 @@ class ShardGroup:
 
     def refresh_trainable(self) -> bool:
         """Read `requires_grad` again, which users may flip between steps. True if anything changed."""
-        trainable = frozenset(i for i, r in enumerate(self.registrations) if r.visible.requires_grad)
-        changed = trainable != self.trainable
-        self.trainable = trainable
-        return changed
+        flags = [r.visible.requires_grad for r in self.registrations]
+        if flags == self._flags:
+            return False
+        self._flags = flags
+        self.trainable = frozenset(i for i, flag in enumerate(flags) if flag)
+        return True
 
     def adopt(self) -> None:
         """The buffer was just loaded: resident parameters are whole and current, others released."""
@@ -154,7 +157,9 @@ class ShardGroup:
     def _version(self) -> int:
         # Views of the shard share its counter. What is written through a DTensor counts on the DTensor only (its
         # operators run below the layer that counts for the tensor inside), and its local tensor counts for itself.
-        return self.buffer.shard._version + sum(r.writes for r in self.registrations if not r.in_place)
+        if self.registrations[0].in_place:
+            return self.buffer.shard._version
+        return self.buffer.shard._version + sum(r.writes for r in self.registrations)
 
     @property
     def is_whole(self) -> bool:

@@ -122,7 +122,7 @@ class UnitHooks:
         for group in self.unit.groups:
             for registration in group.registrations:
                 whole = registration.whole
-                if whole.requires_grad and not _listening_last(whole):
+                if whole.requires_grad and not _listening_alone(whole) and not _listening_last(whole):
                     self.hook_gradients(group)
 
     def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -349,6 +349,11 @@ def _post_accumulate_hooks(param: torch.Tensor) -> OrderedDict[int, Any]:
 
 def _listening(param: torch.Tensor) -> bool:
     return any(isinstance(hook, GradientHook) for hook in _post_accumulate_hooks(param).values())
+
+
+def _listening_alone(param: torch.Tensor) -> bool:
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None)
+    return hooks is not None and len(hooks) == 1 and type(next(iter(hooks.values()))) is GradientHook
 
 
 def _listening_last(param: torch.Tensor) -> bool:
