@@ -69,6 +69,11 @@ def test_the_engine_that_was_asked_for_trained_it(seen, name):
     assert seen[name]["loaded"] == ("whole" if whole else "sharded")
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gpt2")])
+def test_evaluation_may_come_before_training(seen, name):
+    same(seen[name]["before training"], seen["gpt2 plain"]["before training"])
+
+
 def test_the_plain_trainer_was_plain(seen):
     assert "DistributedDataParallel" in seen["gpt2 plain"]["engine"]
     assert "DistributedDataParallel" in seen["llama plain"]["engine"]

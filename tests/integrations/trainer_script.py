@@ -137,6 +137,10 @@ def through(kind: str, name: str, sharded: dict[str, Any], folder: Path, start: 
     run = trainer(kind, folder / name, start, sharded, **saving, load_best_model_at_end=True)
     result["loaded"] = run.loaded
     result["sharding"] = (run.args.deepspeed or {}).get("sharding")
+    if kind == "gpt2":
+        # transformers' own Trainer would not wrap a model for training that it has evaluated before.
+        first = run if sharded else trainer(kind, folder / "first", start, sharded, **saving)
+        result["before training"] = first.evaluate()["eval_loss"]
     run.train()
     result["recomputes"] = run.accelerator.unwrap_model(run.model).is_gradient_checkpointing
     result["losses"], result["norms"] = logged(run, "loss"), logged(run, "grad_norm")

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unishard.errors import ConfigError
@@ -118,6 +120,26 @@ def _require_wrapped_classes(model: Any, args: Any) -> None:
         )
 
 
+@contextmanager
+def _without_engine(trainer: Any) -> Iterator[None]:
+    """Evaluate before training with the bare model, gathering one module at a time what is sharded already.
+
+    transformers would make an engine without an optimizer, and only under stage 3, which could not train afterwards.
+    """
+    from unishard.sharding.hooks import gathering_singles
+
+    trainer.is_deepspeed_enabled = False
+    try:
+        with gathering_singles(trainer.model):
+            yield
+    finally:
+        trainer.is_deepspeed_enabled = True
+        # Nor may accelerate take the model for prepared, or leave its casts around forward.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.accelerator._models.clear()
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
+
+
 def _translated(args: Any) -> bool:
     return isinstance(args.deepspeed, dict) and "sharding" in args.deepspeed
 
@@ -142,6 +164,12 @@ def _make_classes() -> dict[str, type]:
             use_unishard(args)
             _require_wrapped_classes(model, args)
             super().__init__(model, args, *rest, **options)
+
+        def evaluation_loop(self, *given: Any, **options: Any) -> Any:
+            if self.deepspeed is not None:
+                return super().evaluation_loop(*given, **options)
+            with _without_engine(self):
+                return super().evaluation_loop(*given, **options)
 
     made = {"Trainer": UnishardTrainer, "TrainingArguments": UnishardArguments}
     for name, cls in made.items():
