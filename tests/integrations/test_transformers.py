@@ -74,6 +74,14 @@ def test_evaluation_may_come_before_training(seen, name):
     same(seen[name]["before training"], seen["gpt2 plain"]["before training"])
 
 
+def test_bf16_computes_in_bf16_over_fp32_masters(seen):
+    plain, sharded = seen["gpt2 plain"], seen["gpt2 bf16"]
+    assert (plain["dtype"], sharded["dtype"]) == ("torch.float32", "torch.bfloat16")
+    torch.testing.assert_close(sharded["losses"], plain["losses"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(sharded["resumed"], sharded["losses"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(sharded["norms"], plain["norms"], rtol=1e-2, atol=0)
+
+
 def test_the_plain_trainer_was_plain(seen):
     assert "DistributedDataParallel" in seen["gpt2 plain"]["engine"]
     assert "DistributedDataParallel" in seen["llama plain"]["engine"]
@@ -90,5 +98,6 @@ def test_arguments_that_cannot_be_meant_are_refused(seen):
     assert "ask for no sharding" in refused["nothing"]
     assert "names LlamaDecoderLayer" in refused["class"]
     assert "GPT2Block" in refused["class"]
+    assert "launch with torchrun" in refused["launch"]
     assert "xla_fsdp_grad_ckpt" in refused["key"]
     assert "did you mean 'cpu_offload'?" in refused["key"]

@@ -92,6 +92,7 @@ def cases(kind: str) -> dict[str, dict[str, Any]]:
         "shard_grad_op": {"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {"version": 2}},
         "no_shard": {"fsdp": "no_shard", "fsdp_config": {"version": 1, "backward_prefetch": "backward_post"}},
         "hybrid": {"fsdp": "hybrid_shard offload", "fsdp_config": {"version": 1, "limit_all_gathers": True}},
+        "bf16": {"fsdp": True, "bf16": True},
         "recompute": {"fsdp": True, "fsdp_config": {"activation_checkpointing": True, **wrap}},
     }
     if int(os.environ["WORLD_SIZE"]) > 2:
@@ -143,6 +144,7 @@ def through(kind: str, name: str, sharded: dict[str, Any], folder: Path, start: 
         result["before training"] = first.evaluate()["eval_loss"]
     run.train()
     result["recomputes"] = run.accelerator.unwrap_model(run.model).is_gradient_checkpointing
+    result["dtype"] = str(next(iter(run.accelerator.unwrap_model(run.model).parameters())).dtype)
     result["losses"], result["norms"] = logged(run, "loss"), logged(run, "grad_norm")
     result["eval"], result["best"] = run.evaluate()["eval_loss"], run.state.best_metric
     engine = run.model_wrapped
@@ -165,8 +167,10 @@ def refusals(folder: Path, start: Path) -> dict[str, str]:
         "class": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
         "key": {"fsdp": True, "fsdp_config": {"xla_fsdp_grad_ckpt": True, "cpu_ofload": True}},
     }
+    wrong["launch"] = {}
     seen = {}
     for name, sharded in wrong.items():
+        os.environ["ACCELERATE_USE_FSDP"] = "true" if name == "launch" else "false"
         try:
             args = transformers.TrainingArguments(
                 output_dir=str(folder), use_cpu=not torch.cuda.is_available(), report_to=[], **sharded
