@@ -162,9 +162,13 @@ def accuracy_of(model: Any, rows: Encoded) -> float:
 
 def run(options: Options) -> None:
     """One run: train, evaluate, save, load again; the first rank writes a line of JSON."""
+    if options.stage is not None:
+        from unishard.integrations.transformers import use_unishard
+
+        use_unishard()  # before weights are read: transformers would import a real DeepSpeed for that
+    # The first rank prepares before there is anything to shard; the others wait for it where the arguments meet.
+    start = prepare_start(options)
     args = arguments(options)
-    with args.main_process_first():
-        start = prepare_start(options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(start))
     train, test = (Encoded(rows, tokenizer, length=32) for rows in load(options.per_package))
     if options.stage is None:
