@@ -22,6 +22,9 @@ STAGE_OF = {
 }
 """The `zero_optimization.stage` that a sharding stands for in DeepSpeed's terms."""
 
+_RESTS_SHARDED = ("SHARD_GRAD_OP", "HYBRID_SHARD_GRAD_OP")
+"""Stage 3 may be written with these too: parameters rest sharded, which is what libraries ask a stage of 3 about."""
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -65,7 +68,9 @@ def _mesh_misfit(draft: Draft) -> bool:
 
 def _stage_disagrees(draft: Draft) -> bool:
     stage, sharding = draft.given("zero_optimization.stage"), draft.given("sharding")
-    return stage is not None and sharding is not None and STAGE_OF[sharding] != stage
+    if stage is None or sharding is None:
+        return False
+    return STAGE_OF[sharding] != stage and not (stage == 3 and sharding in _RESTS_SHARDED)
 
 
 def _buffers_disagree(draft: Draft) -> bool:

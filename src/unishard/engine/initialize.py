@@ -114,7 +114,8 @@ def initialize(
     if leaves is not None:
         from unishard.sharding.leaves import mark_leaves
 
-        mark_leaves(model, leaves.classes, leaves.names, leaves.name_suffixes)
+        if not mark_leaves(model, leaves.classes, leaves.names, leaves.name_suffixes):
+            log.warning("unishard: no module of %s fits leaf_module (%s)", type(model).__name__, leaves)
     tiers = build_tiers(rc, axes, device)
     if tiers is not ON_DEVICE:
         keep_heap_small()

@@ -6,7 +6,8 @@ import dataclasses
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from torch.optim.optimizer import (
 from torch.utils import _pytree as pytree
 
 from unishard.errors import StateError
+from unishard.sharding.gather import gather
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import is_dtensor
 from unishard.sharding.precision import cast_floating
 from unishard.sharding.schedule import Schedule, in_backward
+from unishard.sharding.single import single_of
 from unishard.sharding.unit import Phase, ShardUnit
 
 StartSchedule = Callable[[ShardUnit], Schedule]
@@ -266,6 +269,46 @@ class StrayCallHooks:
             self._opened = False
             if not torch.is_grad_enabled():
                 self._unit.reshard()
+
+
+class _SingleHooks:
+    """A module whose own parameters `init_sharded` released: they are whole while it runs, however it ends."""
+
+    def __init__(self, module: nn.Module, params: list[nn.Parameter]) -> None:
+        self._params = params
+        self._open: list[ExitStack] = []
+        self.handles = [
+            module.register_forward_pre_hook(self._before, prepend=True),
+            module.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def _before(self, *args: Any) -> None:
+        found = [(param, single_of(param)) for param in self._params]
+        self._open.append(ExitStack())
+        self._open[-1].enter_context(
+            gather([p for p, single in found if single is not None and not single.open])
+        )
+
+    def _after(self, *args: Any) -> None:
+        if self._open:
+            self._open.pop().close()
+
+
+@contextmanager
+def gathering_singles(model: nn.Module) -> Iterator[None]:
+    """Let a model that `init_sharded` released, and that nothing has sharded yet, run forward without gradients.
+
+    Each module's own parameters are gathered for its call. All ranks run the same modules.
+    """
+    own = {
+        module: [p for p in module.parameters(recurse=False) if single_of(p)] for module in model.modules()
+    }
+    hooks = [_SingleHooks(module, params) for module, params in own.items() if params]
+    try:
+        yield
+    finally:
+        for handle in (handle for hook in hooks for handle in hook.handles):
+            handle.remove()
 
 
 class StateDictHooks:
