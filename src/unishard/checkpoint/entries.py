@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unishard.checkpoint.boxes import Box, boxes_of_run, split_rows, whole
+from unishard.sharding.parameter import is_dtensor
 
 
 class Part(NamedTuple):
@@ -137,7 +138,7 @@ def entries_of(state: Mapping[str, Any], rank: int, ranks: int) -> Contents:
         if not isinstance(value, torch.Tensor):
             if rank == _spread(key, ranks):
                 contents.blobs[key] = value
-        elif type(value).__name__ == "DTensor":
+        elif is_dtensor(value):
             contents.add(_distributed(key, value))
         else:
             contents.add(replicated(key, value, rank, ranks))

@@ -11,6 +11,7 @@ from unishard.dist.collectives import Communicator, Pending
 from unishard.dist.mesh import Axes
 from unishard.errors import StateError
 from unishard.sharding.buffer import GroupBuffer
+from unishard.sharding.desk import desk
 from unishard.sharding.gradient import GroupGradients, Reduction
 from unishard.sharding.parameter import Registration
 from unishard.sharding.placement import Placement, Sharding
@@ -91,10 +92,11 @@ class ShardGroup:
     def rest(self, tiers: Tiers) -> None:
         """From now on keep on `tiers` what they are for, and in memory only while it is used."""
         buffer = self.buffer
-        mixed = buffer.master != buffer.compute
+        # Through the code door the parameter itself is the master, in whatever dtype it computes.
+        mixed = buffer.master != buffer.compute and self.registrations[0].in_place
         parameter = None if self.resident else tiers.parameter
         shard = tiers.optimizer if mixed else parameter
-        if parameter is None and tiers.optimizer is None:
+        if parameter is None and tiers.optimizer is None and tiers.gradient is None:
             return
         self.tiers, self.resting = tiers, Resting(self.name, tiers)
         if mixed and not self.resident:
@@ -128,6 +130,7 @@ class ShardGroup:
 
     def _gather_resting(self, resting: Resting) -> Pending:
         kinds = self._gathered_kinds
+        desk.clear()
         resting.open(kinds)
         pending = self.buffer.gather(self.name)
         if self.resident:

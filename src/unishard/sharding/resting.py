@@ -78,6 +78,32 @@ class Resting:
         self._items[kind] = item
         tensor.data = absent(tensor)
 
+    def add_zeros(self, kind: str, numel: int, dtype: torch.dtype, tier: Tier) -> None:
+        """As `add` with zeros, without memory for them."""
+        item = _Item(absent(self._buffer(1, dtype)).expand(numel), tier, f"{self.name}/{kind}#{self._serial}")
+        tier.allocate(item.key, numel, dtype)
+        self._items[kind] = item
+
+    def discard(self, kind: str) -> None:
+        """Forget a tensor that nobody uses, and give its room back."""
+        item = self._items[kind]
+        if item.users:
+            raise StateError(f"{self.name}: {kind} is in use; close it before it is discarded")
+        self._arrive(item)
+        item.tier.discard(item.key)
+        del self._items[kind]
+
+    def flat(self, kind: str) -> torch.Tensor:
+        """The tensor of one kind, here or away."""
+        return self._items[kind].tensor
+
+    def aliases(self, kind: str) -> int:
+        """How many tensors share the memory of one that is here; grows by what others make of it. 0 if it may stay."""
+        item = self._items[kind]
+        if item.in_place or item.memory is None:
+            return 0
+        return torch._C._storage_Use_Count(item.memory.untyped_storage()._cdata)
+
     def prefetch(self, kinds: Iterable[str] | None = None) -> None:
         """Begin to read what is away; `open` then waits less."""
         for item in self._of(kinds):
@@ -130,6 +156,14 @@ class Resting:
             item.changed = False
         else:
             item.memory = None
+
+    def forget_prefetched(self) -> None:
+        """Drop what was read ahead and is not used after all."""
+        for item in self._items.values():
+            if item.users == 0 and item.reading is not None:
+                self._arrive(item)
+                item.memory = None
+                item.tensor.data = absent(item.tensor)
 
     def settle(self) -> None:
         """Return once everything that left is stored, and its memory is free."""
