@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from unishard.errors import NonFiniteError, ShardingError
-from unishard.kernels import squared_norm
 from unishard.sharding.group import ShardGroup
+from unishard.sharding.norm import join_powers, power_sum
 from unishard.sharding.parameter import is_dtensor
 
 
@@ -31,9 +31,12 @@ def shard_norm(groups: Sequence[ShardGroup], norm_type: float = 2.0) -> float:
     for axes in dict.fromkeys(g.axes for g in groups):
         members = [g for g in groups if g.axes == axes and g.gradients.shard is not None]
         device = members[0].buffer.device if members else groups[0].buffer.device
-        part = _power_sum(
-            [g.gradients.shard for g in members if g.gradients.shard is not None], norm_type, device
-        )
+        here = [g.gradients.shard for g in members if g.gradients.power is None]
+        part = power_sum([shard for shard in here if shard is not None], norm_type, device)
+        for group in members:
+            if group.gradients.power is not None:
+                # Summed when the gradient landed: it rests on a tier now.
+                part = join_powers(part, group.gradients.power, norm_type)
         reduced = axes.shard.all_reduce_control(
             part.view(1), "max" if math.isinf(norm_type) else "sum"
         ).item()
@@ -41,18 +44,6 @@ def shard_norm(groups: Sequence[ShardGroup], norm_type: float = 2.0) -> float:
         if math.isnan(reduced):
             return math.nan
     return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
-
-
-def _power_sum(shards: Sequence[torch.Tensor], norm_type: float, device: torch.device) -> torch.Tensor:
-    """The sum of p-th powers, or the largest element, of `shards`: fp64, no dimensions."""
-    if norm_type == 2.0 and device.type == "cpu" and all(s.dtype != torch.float64 for s in shards):
-        return squared_norm(shards) if shards else torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for shard in shards:
-        if shard.numel():
-            norm = torch.linalg.vector_norm(shard, norm_type, dtype=torch.float32).double()
-            total = torch.maximum(total, norm) if math.isinf(norm_type) else total + norm**norm_type
-    return total
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

@@ -99,6 +99,7 @@ class ShardGroup:
         if parameter is None and tiers.optimizer is None and tiers.gradient is None:
             return
         self.tiers, self.resting = tiers, Resting(self.name, tiers)
+        self.gradients.rest(tiers)
         if mixed and not self.resident:
             buffer.compute_shard = buffer.shard.to(buffer.compute)
             if parameter is not None:
@@ -284,6 +285,8 @@ class ShardGroup:
         shard += 0 if copy is None or is_absent(copy) else copy.nbytes
         full = self.buffer.full.numel() * self.buffer.full.element_size() if self.resident else 0
         gradient = self.gradients.shard
+        if gradient is not None and is_absent(gradient):
+            gradient = None
         return {
             "parameters": full if self.buffer.aliased else full + shard,
             "gradients": 0 if gradient is None else gradient.numel() * gradient.element_size(),

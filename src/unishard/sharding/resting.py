@@ -84,6 +84,21 @@ class Resting:
         tier.allocate(item.key, numel, dtype)
         self._items[kind] = item
 
+    def replace(self, kind: str, memory: torch.Tensor) -> None:
+        """Give a tensor that nobody uses the values of `memory`, which is the tier's until `settle` returns."""
+        item = self._items[kind]
+        if item.users:
+            raise StateError(f"{self.name}: {kind} is in use; close it before it is replaced")
+        self._arrive(item)
+        item.tensor.data = absent(item.tensor)
+        here = item.tier.resident(item.key)
+        if here is not None and here.device == memory.device:
+            here.copy_(memory)
+            item.memory = None
+            return
+        item.memory = memory
+        item.writing = item.tier.store(item.key, memory)
+
     def discard(self, kind: str) -> None:
         """Forget a tensor that nobody uses, and give its room back."""
         item = self._items[kind]

@@ -41,7 +41,7 @@ class ParityCase:
     optimizer: str = "AdamW"
     steps: int = 4
     offload: str = ""
-    """What rests on a tier: "optimizer", "parameter", or both joined by "+"; config door only."""
+    """What rests on a tier: "optimizer", "gradient", "parameter", or several joined by "+"; config door only."""
 
 
 @dataclass
@@ -212,7 +212,9 @@ def whole_gradients(groups: Iterable[ShardGroup], names: dict[int, str]) -> dict
         if group.gradients.shard is None:
             continue
         used = agree_on_touched([group], group.axes)[0]
-        for index, value in enumerate(_whole(group, group.gradients.shard)):
+        with group.gradients.in_memory():
+            values = _whole(group, group.gradients.shard)
+        for index, value in enumerate(values):
             if index in used:
                 found[names[id(group.registrations[index].visible)]] = value.float()
     return found

@@ -62,11 +62,11 @@ class LateTier(MemoryTier):
 
 @contextmanager
 def resting_late(parts: str, ratio: float = 1.0) -> Iterator[LateTier]:
-    """Models that `initialize` shards inside the block rest on one late tier: "optimizer", "parameter", or both
-    joined by "+"."""
+    """Models that `initialize` shards inside the block rest on one late tier: "optimizer", "gradient",
+    "parameter", or several joined by "+"."""
     # `unishard.engine.initialize` is also the name of the function inside.
     initialize = importlib.import_module("unishard.engine.initialize")
     tier = LateTier()
-    chosen = Tiers(tier if "parameter" in parts else None, tier if "optimizer" in parts else None, ratio)
+    chosen = Tiers(*(tier if p in parts else None for p in ("parameter", "optimizer", "gradient")), ratio=ratio)
     with mock.patch.object(initialize, "build_tiers", return_value=chosen):
         yield tier
