@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -145,13 +145,40 @@ def entries_of(state: Mapping[str, Any], rank: int, ranks: int) -> Contents:
     return contents
 
 
-def _distributed(key: str, value: Any) -> Entry:
+@dataclass(frozen=True)
+class _Placed:
+    """Brings what rests of a group of the code door: parameters, and what optimizers keep."""
+
+    resting: Any
+
+    @contextmanager
+    def __call__(self, changed: bool) -> Iterator[None]:
+        from unishard.sharding.desk import desk
+
+        desk.clear()
+        with self.resting.opened(changed=changed):
+            yield
+        self.resting.settle()
+
+
+def _rests(value: Any) -> bool:
+    place = getattr(value, "place", None)
+    return place is not None and place.rests
+
+
+def _distributed(key: str, value: Any, local: torch.Tensor | None = None) -> Entry:
+    """A DTensor; with `local`, that in the place of its own part."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = value.device_mesh, value.placements
     sizes, offsets = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    local, box = value.to_local().detach(), Box(tuple(offsets), tuple(sizes))
+    box = Box(tuple(offsets), tuple(sizes))
+    if local is None and _rests(value):
+        entry = _distributed(key, value, torch.empty(box.sizes, dtype=value.dtype, device="meta"))
+        entry.away = Away(_Placed(value.place.resting), lambda: _distributed(key, value, value.place.local()))
+        return entry
+    local = value.to_local().detach() if local is None else local
     held = [Part(box, local)] if box.numel and mesh.get_coordinate() is not None else []
     replicas, replica = 1, 0
     for dim, placement in enumerate(placements):

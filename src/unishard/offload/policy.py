@@ -18,8 +18,8 @@ from unishard.sharding.ports import Tier, Tiers
 class NVMeOffloadPolicy(OffloadPolicy):
     """Sharded states rest in files below `nvme_path`, each kind chosen on its own. See docs/offload.md.
 
-    - `parameters`: shards of parameters. - `optimizer`: what a torch optimizer keeps for them in `state`. Modules whose
-    policies are equal share one file.
+    - `parameters`: shards of parameters. - `optimizer`: what a torch optimizer keeps for them in `state`. -
+    `gradients`: reduced gradients, from backward to the update. Modules whose policies are equal share one file.
     - `max_in_cpu`: that many bytes of each rank in host memory, the rest on the disk. - `block_size`, `queue_depth`: of
     transfers, in bytes and requests.
 
@@ -30,6 +30,7 @@ class NVMeOffloadPolicy(OffloadPolicy):
     nvme_path: str
     parameters: bool = True
     optimizer: bool = True
+    gradients: bool = True
     max_in_cpu: int = 0
     block_size: int = 8 << 20
     queue_depth: int = 8
@@ -38,10 +39,13 @@ class NVMeOffloadPolicy(OffloadPolicy):
         for name in ("max_in_cpu", "block_size", "queue_depth"):
             value, least = getattr(self, name), 0 if name == "max_in_cpu" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ShardingError(f"NVMeOffloadPolicy({name}={value!r}): pass a whole number, {least} or more")
-        if not (self.parameters or self.optimizer):
+                raise ShardingError(
+                    f"NVMeOffloadPolicy({name}={value!r}): pass a whole number, {least} or more"
+                )
+        if not (self.parameters or self.optimizer or self.gradients):
             raise ShardingError(
-                "NVMeOffloadPolicy(parameters=False, optimizer=False) offloads nothing; leave offload_policy out"
+                "NVMeOffloadPolicy(parameters=False, optimizer=False, gradients=False) offloads nothing; leave "
+                "offload_policy out"
             )
 
     def open_tiers(self, device: torch.device) -> Tiers:
@@ -57,6 +61,7 @@ class NVMeOffloadPolicy(OffloadPolicy):
         found = Tiers(
             parameter=tier if self.parameters else None,
             optimizer=tier if self.optimizer else None,
+            gradient=tier if self.gradients else None,
             buffer=aligned_empty if device.type == "cpu" else on_device,
         )
         _open[self, device] = found

@@ -30,13 +30,14 @@ class Desk:
         self._brought: dict[Resting, dict[str, _Brought]] = {}
         self._writing: list[Resting] = []
         self.on_arrival: Callable[[Resting], None] | None = None
-        """Called before a group's tensors are brought."""
+        """Called before tensors of a group are brought."""
         self.zeros_like: Callable[[Any, torch.dtype], Any] | None = None
         """Makes zeros of a resting tensor's shape that rest too, or nothing; set while an optimizer steps."""
 
     def bring(self, wanted: Mapping[Resting, Iterable[str]]) -> None:
         """Put `wanted` kinds into memory, and everything of other groups away."""
-        for other in [resting for resting in self._brought if resting not in wanted]:
+        units = {resting.unit for resting in wanted}
+        for other in [resting for resting in self._brought if resting.unit not in units]:
             self.put_away(other)
         for resting, kinds in wanted.items():
             if resting not in self._brought:
@@ -60,8 +61,10 @@ class Desk:
 
     def keep_one(self) -> None:
         """After an operation on several groups: all but the last leave."""
-        for resting in list(self._brought)[:-1]:
-            self.put_away(resting)
+        brought = list(self._brought)
+        for resting in brought:
+            if resting.unit is not brought[-1].unit:
+                self.put_away(resting)
 
     def put_away(self, resting: Resting) -> None:
         """Send a group back. What somebody still has a view of stays, and is written back when nobody does."""

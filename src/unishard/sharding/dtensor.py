@@ -125,6 +125,10 @@ class ShardedParameter(SwappedParameter):
         else:
             grad: Any = self.sharded.grad
             (grad.to_local() if isinstance(grad, DTensor) else grad).add_(local)
+        self.run_hooks()
+
+    def run_hooks(self) -> None:
+        """Call the hooks that wait for an accumulated gradient."""
         hooks = getattr(self.sharded, "_post_accumulate_grad_hooks", None)
         for hook in list(hooks.values()) if hooks else ():
             hook(self.sharded)
@@ -298,7 +302,15 @@ def deliver(groups: Sequence[ShardGroup]) -> None:
         for group, used in zip(members, touched, strict=True):
             shard = group.gradients.shard
             # A reduction that did not cross replicas leaves its sum inside for a later backward.
-            if shard is None:
+            if shard is None or not group.gradients.fresh_sum:
+                continue
+            if group.gradients.resting is not None:
+                from unishard.sharding.resting_dtensor import deliver_resting
+
+                given = [r.zero_if_unused and r.sharded.requires_grad for r in sharded_parameters(group)]
+                deliver_resting(group, [i for i, zeros in enumerate(given) if zeros or i in used])
+                group.gradients.fresh_sum = False
+                group.gradients.touched.clear()
                 continue
             for index, registration in enumerate(sharded_parameters(group)):
                 if index in used or (registration.zero_if_unused and registration.sharded.requires_grad):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from unishard.dist.in_place import Contribution, Sources, Target, sum_dtype
 from unishard.dist.mesh import Axes
 from unishard.errors import StateError
 from unishard.sharding.buffer import GroupBuffer
+from unishard.sharding.desk import desk
 from unishard.sharding.norm import power_sum
 from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import GroupPrecision
@@ -52,8 +53,13 @@ class GroupGradients:
         self.power: torch.Tensor | None = None
         """`power_sum` of a `shard` that rests on a tier."""
         self.norm_type = 2.0
+        self.fresh_sum = True
+        """Whether something was added to `shard` since users were shown it."""
+        self.kept: Callable[[], Set[int]] | None = None
+        """Of what rests, the parameters whose sums go on; by default all do until `clear()`."""
         self._tiers = ON_DEVICE
-        self._resting: Resting | None = None
+        self.resting: Resting | None = None
+        """What of the gradients rests on a tier."""
         self.touched: set[int] = set()
         """Parameters that received a gradient on this rank in a finished backward since the last `clear()`."""
 
@@ -134,18 +140,18 @@ class GroupGradients:
 
     def target(self) -> Target:
         """`shard`, as the place for one more sum over all ranks."""
-        held = self.shard if self._resting is None else self.landing
+        held = self.shard if self.resting is None else self.landing
         if held is not None:
             return Target(held, accumulate=True, scale=self.scale)
         return Target(self._hold(self._new_shard()), accumulate=False, scale=self.scale)
 
     def _new_shard(self) -> torch.Tensor:
         return self.buffer.new_shard(
-            self.precision.grad, None if self._resting is None else self._tiers.buffer
+            self.precision.grad, None if self.resting is None else self._tiers.buffer
         )
 
     def _hold(self, total: torch.Tensor) -> torch.Tensor:
-        if self._resting is None:
+        if self.resting is None:
             self.shard = total
         else:
             self.landing = total
@@ -159,7 +165,7 @@ class GroupGradients:
         if self.all_reduce_hook is not None:
             self.all_reduce_hook(total)
         total = total.to(self.precision.grad)
-        held = self.shard if self._resting is None else self.landing
+        held = self.shard if self.resting is None else self.landing
         if held is None:
             self._hold(total)
             return
@@ -169,27 +175,27 @@ class GroupGradients:
 
     # on a tier --------------------------------------------------------------------------------------------
 
-    def rest(self, tiers: Tiers) -> None:
-        """From now on keep reduced gradients on `tiers.gradient`."""
+    def rest(self, tiers: Tiers, beside: Resting) -> None:
+        """From now on keep reduced gradients on `tiers.gradient`; `beside`: what else rests of the group."""
         if tiers.gradient is not None:
-            self._tiers, self._resting = tiers, Resting(f"{self.name}/gradient", tiers)
+            self._tiers, self.resting = tiers, Resting(f"{self.name}/gradient", tiers, beside)
 
     @property
     def _away(self) -> bool:
-        return self._resting is not None and self.shard is not None and self.power is not None
+        return self.resting is not None and self.shard is not None and self.power is not None
 
     @torch.no_grad()
     def land(self, *, stay: bool = False) -> None:
         """What was just reduced is added to what rests, and rests too. With `stay`, the sum is in memory instead."""
-        landing, resting, tier = self.landing, self._resting, self._tiers.gradient
+        landing, resting, tier = self.landing, self.resting, self._tiers.gradient
         if landing is None or resting is None or tier is None:
             return
         self.landing = None
+        desk.clear()
         # An all-reduced sum that peers may still be reading.
         self.axes.replicate.drain()
         if self._away:
-            with resting.opened([_KIND], changed=False):
-                landing.add_(resting.flat(_KIND))
+            self._add_resting(landing, resting)
         if stay:
             self.shard, self.power = landing, None
             return
@@ -197,29 +203,43 @@ class GroupGradients:
             resting.add_zeros(_KIND, landing.numel(), landing.dtype, tier)
         self.power = power_sum([landing], self.norm_type, landing.device)
         resting.replace(_KIND, landing)
-        self.shard = resting.flat(_KIND)
+        self.shard, self.fresh_sum = resting.flat(_KIND), True
+
+    def _add_resting(self, landing: torch.Tensor, resting: Resting) -> None:
+        """Add the sums so far to what has just been reduced."""
+        every = range(len(self.buffer.layout.shapes))
+        kept = set(every) if self.kept is None else self.kept()
+        if not kept:
+            return
+        with resting.opened([_KIND], changed=False):
+            before = resting.flat(_KIND)
+            if len(kept) == len(every):
+                landing.add_(before)
+                return
+            for index in kept:
+                self.buffer.local(index, landing).add_(self.buffer.local(index, before))
 
     def settle(self) -> None:
         """Return once what landed is stored, and its memory free."""
-        if self._resting is not None:
-            self._resting.settle()
+        if self.resting is not None:
+            self.resting.settle()
 
     def prefetch(self) -> None:
         """Begin to read what rests."""
-        if self._resting is not None and self._away:
-            self._resting.prefetch()
+        if self.resting is not None and self._away:
+            self.resting.prefetch()
 
     @contextmanager
     def in_memory(self, *, changed: bool = False) -> Iterator[None]:
         """`shard` is in memory inside the block, wherever it rests."""
-        if self._resting is None or not self._away:
+        if self.resting is None or not self._away:
             yield
             return
-        with self._resting.opened([_KIND], changed=changed):
+        with self.resting.opened([_KIND], changed=changed):
             yield
             if changed and self.shard is not None:
                 self.power = power_sum([self.shard], self.norm_type, self.shard.device)
-        self._resting.settle()
+        self.resting.settle()
 
     def receive_partial(self, total: torch.Tensor) -> None:
         """Add a sum over the dp_shard axis only."""

@@ -99,7 +99,7 @@ class ShardGroup:
         if parameter is None and tiers.optimizer is None and tiers.gradient is None:
             return
         self.tiers, self.resting = tiers, Resting(self.name, tiers)
-        self.gradients.rest(tiers)
+        self.gradients.rest(tiers, self.resting)
         if mixed and not self.resident:
             buffer.compute_shard = buffer.shard.to(buffer.compute)
             if parameter is not None:

@@ -58,8 +58,12 @@ class Resting:
     `open` and `close` are counted: a tensor leaves when its last user closes it.
     """
 
-    def __init__(self, name: str, tiers: Tiers) -> None:
+    def __init__(self, name: str, tiers: Tiers, beside: Resting | None = None) -> None:
+        """`beside`: what else rests of the same group; the two come and go together."""
         self.name = name
+        self.unit: Resting = beside or self
+        self.epochs: dict[tuple[str, int], int] = {}
+        """How often a parameter's part of a kind became another tensor; what was made before must not be used."""
         self._buffer = tiers.buffer
         # A module's groups of several dtypes have one name.
         self._serial = next(_serials)
@@ -88,7 +92,9 @@ class Resting:
         """Give a tensor that nobody uses the values of `memory`, which is the tier's until `settle` returns."""
         item = self._items[kind]
         if item.users:
-            raise StateError(f"{self.name}: {kind} is in use; close it before it is replaced")
+            raise StateError(
+                f"{self.name}: {kind} would be overwritten while somebody has a view of it; clone() what is to be kept"
+            )
         self._arrive(item)
         item.tensor.data = absent(item.tensor)
         here = item.tier.resident(item.key)

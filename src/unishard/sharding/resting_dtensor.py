@@ -1,4 +1,4 @@
-"""DTensors whose local tensors rest on a tier: any operation on them reads the tier first, and writes back what it wrote.
+"""DTensors whose local tensors rest on a tier: operations on them read the tier first, and write back what they wrote.
 
 The memory that `_local_tensor` shows is a placeholder of NaN. What operates on such a tensor gets an ordinary DTensor
 over the memory that `desk` brought, so that the answer is right, or in place, whatever the operation.
@@ -32,11 +32,21 @@ class Place:
     resting: Resting
     kind: str
     index: int
+    epoch: int = 0
 
     @property
     def rests(self) -> bool:
         """Whether the tensor is away between uses; a parameter whose shard stays in memory is not."""
         return self.kind in self.resting.kinds
+
+    def require_current(self) -> None:
+        """Raise `StateError` if another tensor took this one's place."""
+        if self.resting.epochs.get((self.kind, self.index), 0) != self.epoch:
+            fqn = self.group.registrations[self.index].fqn
+            raise StateError(
+                f"this is the {self.kind} of {fqn} from an earlier backward, and a later one has taken its place on the "
+                "tier; clone() what is to be kept"
+            )
 
     def local(self) -> torch.Tensor:
         """This rank's part, in the memory where it is now."""
@@ -74,10 +84,12 @@ class RestingDTensor(DTensor):
         found = [leaf for leaf in leaves if isinstance(leaf, RestingDTensor)]
         wanted: dict[Resting, list[str]] = {}
         for tensor in found:
+            tensor.place.require_current()
             wanted.setdefault(tensor.place.resting, []).append(tensor.place.kind)
         desk.bring(wanted)
         plain = {id(tensor): _over_memory(tensor) for tensor in found}
         if func is _aten.alias.default:
+            desk.note_change(args[0].place.resting, args[0].place.kind)
             return plain[id(args[0])]
         inner_args, inner_kwargs = pytree.tree_unflatten([plain.get(id(x), x) for x in leaves], tree)
         result = func(*inner_args, **inner_kwargs)
@@ -87,22 +99,30 @@ class RestingDTensor(DTensor):
         result = pytree.tree_map(lambda value: outside.get(id(value), value), result)
         inner_args = inner_kwargs = None
         plain.clear()
-        if len(wanted) > 1:
+        if len({resting.unit for resting in wanted}) > 1:
             desk.keep_one()
         return result
 
     def here(self) -> DTensor:
-        """An ordinary DTensor over this one's memory, which stays as long as somebody has that."""
+        """An ordinary DTensor over this one's memory, which stays as long as somebody has that, and is written back."""
         return torch.ops.aten.alias(self)
+
+    def seen(self) -> DTensor:
+        """As `here`, for those who only read."""
+        if torch.is_grad_enabled() and self.requires_grad:
+            return self.here()
+        self.place.require_current()
+        desk.bring({self.place.resting: [self.place.kind]})
+        return _over_memory(self)
 
     def to_local(self, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.here().to_local(**kwargs)
 
     def redistribute(self, *args: Any, **kwargs: Any) -> DTensor:
-        return self.here().redistribute(*args, **kwargs)
+        return self.seen().redistribute(*args, **kwargs)
 
     def full_tensor(self, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        whole = self.here().full_tensor(**kwargs)
+        whole = self.seen().full_tensor(**kwargs)
         # On a single rank the whole is the part: a view of it would keep the part in memory.
         return whole.clone() if self.device_mesh.size() == 1 else whole
 
@@ -111,7 +131,8 @@ class RestingDTensor(DTensor):
         return f"RestingDTensor({self.place.kind} of {where}, shape={shape}, placements={self.placements})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().here().__reduce_ex__(protocol)
+        ordinary: Any = self.detach()
+        return ordinary.seen().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise UnsupportedError(
@@ -132,13 +153,10 @@ def _over_memory(tensor: RestingDTensor) -> DTensor:
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterable[RestingDTensor]:
-    """The resting tensors that `func` changes in place."""
-    schema = func._schema
-    if not schema.is_mutable:
-        return []
+    """The resting tensors that `func` changes in place, or gives a view of, which may be written later."""
     targets: list[Any] = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None:
             targets.append(args[position] if position < len(args) else kwargs.get(argument.name))
     return [x for x in pytree.tree_leaves(targets) if isinstance(x, RestingDTensor)]
 
@@ -162,6 +180,46 @@ def rest_parameters(group: ShardGroup, *, keep_objects: bool = False) -> None:
             if not hasattr(param, key):
                 setattr(param, key, value)
         registration.replace_sharded(param, keep_object=keep_objects)
+    group.gradients.kept = lambda: _with_gradient(group)
+
+
+def _with_gradient(group: ShardGroup) -> set[int]:
+    """The parameters of which users have not cleared the gradient that rests."""
+    resting = group.gradients.resting
+    return {
+        index
+        for index, registration in enumerate(group.registrations)
+        if isinstance(registration.visible.grad, RestingDTensor)
+        and registration.visible.grad.place.resting is resting
+    }
+
+
+def deliver_resting(group: ShardGroup, used: Iterable[int]) -> None:
+    """Let the sharded parameters show gradients that have landed on a tier. Sums over backwards are made there."""
+    gradients = group.gradients
+    resting, kept = gradients.resting, _with_gradient(group)
+    if resting is None:
+        return
+    for index in used:
+        registration: Any = group.registrations[index]
+        sharded = registration.sharded
+        if index in kept:
+            registration.run_hooks()
+        elif sharded.grad is None:
+            slot = ("gradient", index)
+            resting.epochs[slot] = resting.epochs.get(slot, 0) + 1
+            place = Place(group, resting, "gradient", index, resting.epochs[slot])
+            sharded.grad = RestingDTensor.at(place, registration.spec.wrap(_shape_only(group, index))._spec)
+            registration.run_hooks()
+        else:
+            with gradients.in_memory():
+                flat = gradients.shard
+                if flat is not None:
+                    registration.accept(group.buffer.local(index, flat).clone())
+
+
+def _shape_only(group: ShardGroup, index: int) -> torch.Tensor:
+    return torch.empty(group.buffer.local(index, group.buffer.shard).shape, dtype=group.precision.grad)
 
 
 def take_over(group: ShardGroup) -> None:

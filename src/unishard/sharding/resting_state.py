@@ -47,6 +47,7 @@ class _Step:
             position = self._order.index(resting)
             for each in self._order[position : position + 2]:
                 each.prefetch([k for k in each.kinds if k == "shard" or k.startswith(self._prefix)])
+                self._members[each][0].place.group.gradients.prefetch()
 
     def zeros_like(self, param: RestingDTensor, dtype: torch.dtype) -> RestingDTensor | None:
         """State of zeros for `param`, at rest; `None` if it is not one of this step's parameters."""
@@ -93,6 +94,9 @@ class _Step:
                 used |= {v.place.kind for v in state.values() if isinstance(v, RestingDTensor)}
             resting.settle()
             resting.forget_prefetched()
+            beside = params[0].place.group.gradients.resting
+            if beside is not None:
+                beside.forget_prefetched()
             for kind in [k for k in resting.kinds if k.startswith(self._prefix) and k not in used]:
                 resting.discard(kind)
 
