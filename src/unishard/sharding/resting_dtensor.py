@@ -22,6 +22,8 @@ from unishard.sharding.parameter import SwappedParameter
 from unishard.sharding.resting import Resting, absent
 
 _aten = torch.ops.aten
+_reading: list[Any] = []
+"""Not empty while a tensor is brought for somebody who only reads it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class RestingDTensor(DTensor):
         desk.bring(wanted)
         plain = {id(tensor): _over_memory(tensor) for tensor in found}
         if func is _aten.alias.default:
-            desk.note_change(args[0].place.resting, args[0].place.kind)
+            if not _reading:
+                desk.note_change(args[0].place.resting, args[0].place.kind)
             return plain[id(args[0])]
         inner_args, inner_kwargs = pytree.tree_unflatten([plain.get(id(x), x) for x in leaves], tree)
         result = func(*inner_args, **inner_kwargs)
@@ -109,11 +112,11 @@ class RestingDTensor(DTensor):
 
     def seen(self) -> DTensor:
         """As `here`, for those who only read."""
-        if torch.is_grad_enabled() and self.requires_grad:
+        _reading.append(self)
+        try:
             return self.here()
-        self.place.require_current()
-        desk.bring({self.place.resting: [self.place.kind]})
-        return _over_memory(self)
+        finally:
+            _reading.pop()
 
     def to_local(self, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.here().to_local(**kwargs)
@@ -131,8 +134,9 @@ class RestingDTensor(DTensor):
         return f"RestingDTensor({self.place.kind} of {where}, shape={shape}, placements={self.placements})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        ordinary: Any = self.detach()
-        return ordinary.seen().__reduce_ex__(protocol)
+        with torch.no_grad():
+            # A copy: of the memory itself, torch would write the whole group, and it cannot where the offset is not 0.
+            return self.seen().clone().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise UnsupportedError(

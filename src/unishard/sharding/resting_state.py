@@ -35,6 +35,7 @@ class _Step:
         self.optimizer = optimizer
         self._members = members
         self._order = list(members)
+        self._seen: set[Resting] = set()
         self._prefix = f"optimizer{serial}."
         self._given: dict[int, set[str]] = {}
         """By id of a parameter, the slots that it was given in this step."""
@@ -44,8 +45,10 @@ class _Step:
     def arrive(self, resting: Resting) -> None:
         """Read what the step will want of this group, and of the next one meanwhile."""
         if resting in self._members:
+            self._seen.add(resting)
             position = self._order.index(resting)
-            for each in self._order[position : position + 2]:
+            ahead = [r for r in self._order[position + 1 : position + 2] if r not in self._seen]
+            for each in [resting, *ahead]:
                 each.prefetch([k for k in each.kinds if k == "shard" or k.startswith(self._prefix)])
                 self._members[each][0].place.group.gradients.prefetch()
 
@@ -128,8 +131,9 @@ def begin_step(optimizer: torch.optim.Optimizer) -> None:
     serial = _known.get(optimizer)
     if serial is None:
         serial = _known[optimizer] = next(_serials)
-        weakref.finalize(optimizer, _forget, serial, [weakref.ref(resting) for resting in members])
     desk.clear()
+    for resting in members:
+        _forget_the_gone(resting)
     step = _Step(optimizer, members, serial)
     _under_way[:] = [step]
     desk.on_arrival, desk.zeros_like = step.arrive, step.zeros_like
@@ -145,10 +149,8 @@ def end_step(optimizer: torch.optim.Optimizer) -> None:
         trim_heap()
 
 
-def _forget(serial: int, refs: list[weakref.ref[Resting]]) -> None:
-    """The optimizer is gone: give its state's room back."""
-    for ref in refs:
-        resting = ref()
-        if resting is not None:
-            for kind in [k for k in resting.kinds if k.startswith(f"optimizer{serial}.")]:
-                resting.discard(kind)
+def _forget_the_gone(resting: Resting) -> None:
+    """Give back the room of what optimizers kept that are no more."""
+    living = tuple(f"optimizer{serial}." for serial in _known.values())
+    for kind in [k for k in resting.kinds if k.startswith("optimizer") and not k.startswith(living)]:
+        resting.discard(kind)
