@@ -153,7 +153,7 @@ class _Placed:
 
     @contextmanager
     def __call__(self, changed: bool) -> Iterator[None]:
-        from unishard.sharding.desk import desk
+        from unishard.sharding.resting import desk
 
         desk.clear()
         with self.resting.opened(changed=changed):
@@ -178,13 +178,13 @@ def _distributed(key: str, value: Any, local: torch.Tensor | None = None) -> Ent
         entry = _distributed(key, value, torch.empty(box.sizes, dtype=value.dtype, device="meta"))
         entry.away = Away(_Placed(value.place.resting), lambda: _distributed(key, value, value.place.local()))
         return entry
-    local = value.to_local().detach() if local is None else local
-    held = [Part(box, local)] if box.numel and mesh.get_coordinate() is not None else []
+    here: torch.Tensor = value.to_local().detach() if local is None else local
+    held = [Part(box, here)] if box.numel and mesh.get_coordinate() is not None else []
     replicas, replica = 1, 0
     for dim, placement in enumerate(placements):
         if isinstance(placement, Replicate):
             replicas, replica = replicas * mesh.size(dim), replica * mesh.size(dim) + mesh.get_local_rank(dim)
-    written = share([Part(box, local.contiguous()) for box, local in held], replica, replicas)
+    written = share([Part(box, tensor.contiguous()) for box, tensor in held], replica, replicas)
     return Entry(key, tuple(value.shape), held, written)
 
 

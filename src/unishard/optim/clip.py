@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from unishard.errors import NonFiniteError, ShardingError
+from unishard.kernels import join_powers, power_sum
 from unishard.sharding.group import ShardGroup
-from unishard.sharding.norm import join_powers, power_sum
 from unishard.sharding.parameter import is_dtensor
 
 

@@ -11,12 +11,11 @@ from unishard.dist.collectives import Pending
 from unishard.dist.in_place import Contribution, Sources, Target, sum_dtype
 from unishard.dist.mesh import Axes
 from unishard.errors import StateError
+from unishard.kernels import power_sum
 from unishard.sharding.buffer import GroupBuffer
-from unishard.sharding.desk import desk
-from unishard.sharding.norm import power_sum
 from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import GroupPrecision
-from unishard.sharding.resting import Resting
+from unishard.sharding.resting import Resting, desk
 
 _KIND = "gradient"
 

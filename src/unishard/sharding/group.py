@@ -11,13 +11,12 @@ from unishard.dist.collectives import Communicator, Pending
 from unishard.dist.mesh import Axes
 from unishard.errors import StateError
 from unishard.sharding.buffer import GroupBuffer
-from unishard.sharding.desk import desk
 from unishard.sharding.gradient import GroupGradients, Reduction
 from unishard.sharding.parameter import Registration
 from unishard.sharding.placement import Placement, Sharding
 from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import GroupPrecision, MixedPrecision
-from unishard.sharding.resting import Resting, is_absent
+from unishard.sharding.resting import Resting, desk, is_absent
 
 COALESCE_BYTES = 1 << 18
 """Per rank. Below this, what an operation costs (some 50 us of calls and waiting) outweighs what it moves."""

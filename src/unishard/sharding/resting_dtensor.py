@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from unishard.errors import ShardingError, StateError, UnsupportedError
-from unishard.sharding.desk import desk
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import SwappedParameter
-from unishard.sharding.resting import Resting, absent
+from unishard.sharding.resting import Resting, absent, desk
 
 _aten = torch.ops.aten
 _reading: list[Any] = []
@@ -46,8 +45,8 @@ class Place:
         if self.resting.epochs.get((self.kind, self.index), 0) != self.epoch:
             fqn = self.group.registrations[self.index].fqn
             raise StateError(
-                f"this is the {self.kind} of {fqn} from an earlier backward, and a later one has taken its place on the "
-                "tier; clone() what is to be kept"
+                f"this is the {self.kind} of {fqn} from an earlier backward, and a later one has taken its place on "
+                "the tier; clone() what is to be kept"
             )
 
     def local(self) -> torch.Tensor:

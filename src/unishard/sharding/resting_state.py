@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from unishard.sharding.desk import desk
 from unishard.sharding.heap import trim_heap
-from unishard.sharding.resting import Resting
+from unishard.sharding.resting import Resting, desk
 from unishard.sharding.resting_dtensor import Place, RestingDTensor
 
 _serials = itertools.count()
