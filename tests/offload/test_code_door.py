@@ -179,10 +179,12 @@ def operations() -> None:
                 param.unsqueeze(-1).mul_(2)
                 param.to_local().add_(3)
         desk.clear()
-        first, other = next(model.parameters()), list(model.parameters())[-1]
+        first, other = next(model.parameters()), list(model.parameters())[5]
+        assert first.place.group is not other.place.group
         # A view outlives the use of other groups, and is written back when it goes.
         view = first.to_local()
         other.norm()
+        desk.clear()
         view.add_(1)
         next(plain.parameters()).to_local().add_(1)
         del view
@@ -267,6 +269,22 @@ def test_checkpoints_continue_under_any_policy(
     assert ranks(continues, folder, reader, world_size=3)[0] == pytest.approx(expected[0], rel=1e-5)
 
 
+def through_torch(folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model, other = sharded(LatePolicy(EVERYTHING)), sharded(LatePolicy(EVERYTHING))
+    train(model, adamw(model), 1)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=folder)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.full_tensor(), theirs.full_tensor())
+
+
+def test_checkpoints_of_torch(tmp_path: Path, ranks: Ranks) -> None:
+    ranks(through_torch, str(tmp_path), world_size=2)
+
+
 def loads_whole() -> None:
     torch.manual_seed(3)
     wanted = TinyTransformer().state_dict()
@@ -304,6 +322,13 @@ def built_on_meta() -> list[float]:
     found = train(model, optimizer)
     assert found == train(reference, adamw(reference))
     model.to("cpu")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for param, value in zip(model.parameters(), reference.parameters(), strict=True):
+            param.copy_(value)
+            assert param.place.rests
+            assert torch.equal(param.full_tensor(), value.full_tensor())
+    train(model, optimizer, 1)
     with pytest.raises(UnsupportedError, match="convert the model before"):
         model.to(torch.bfloat16)
     with pytest.raises(UnsupportedError, match="rest on a tier"):
