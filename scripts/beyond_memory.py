@@ -35,7 +35,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "sharding": "ZERO3",
-        "optimizer_in_backward": True,
+        # A norm needs all gradients first: they rest on the tier until the update.
+        **({"gradient_clipping": options.clip} if options.clip else {"optimizer_in_backward": True}),
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {"offload_optimizer": tier, "offload_param": tier} if options.offload else {},
     }
@@ -77,7 +78,7 @@ def _held(kind: str) -> int:
 def run(options: argparse.Namespace, *, offload: bool, limit: int | None) -> dict[str, Any] | int:
     """Train in a process of its own, in the cgroup if limited; returns what it found, or its exit code."""
     command = [sys.executable, __file__, "--child", "--nvme", options.nvme]
-    command += [f"--{name}={getattr(options, name)}" for name in ("width", "depth", "steps")]
+    command += [f"--{name}={getattr(options, name)}" for name in ("width", "depth", "steps", "clip")]
     command += ["--offload"] if offload else []
 
     def enter() -> None:
@@ -129,6 +130,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=24)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument(
+        "--clip", type=float, default=0.0, help="clip; otherwise groups are updated in backward"
+    )
     parser.add_argument("--offload", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -36,7 +36,8 @@ unishard reads DeepSpeed's configuration files as they are, and ignores nothing 
   is switched off, or a refused key at its default, is accepted.
 
 Unknown keys are errors with a suggestion. *auto* marks keys that may be `"auto"`. Keys without DeepSpeed's name are
-unishard's own: `sharding`, `mesh`, `overlap_param_gather`, `optimizer_in_backward`, `seed`.
+unishard's own: `sharding`, `mesh`, `overlap_param_gather`, `optimizer_in_backward`, `seed`,
+`zero_optimization.offload_gradient`.
 """
 
 DOOR = """

@@ -19,8 +19,10 @@ LIMITS = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
     os.geteuid() != 0 or not os.access(LIMITS.parent, os.W_OK) or not LIMITS.exists(),
     reason="needs root and a memory cgroup (v1)",
 )
-def test_a_part_of_the_memory_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [0.0, 1.0], ids=["in_backward", "clipped"])
+def test_a_part_of_the_memory_is_enough(clip: float, tmp_path: Path) -> None:
     options = ["--nvme", str(tmp_path), "--width=256", "--depth=32", "--steps=2", "--share=0.25"]
+    options.append(f"--clip={clip}")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=200
     )

@@ -17,7 +17,10 @@ HYBRID = [name for name, preset in PRESETS.items() if preset.needs_replicas]
 
 def cases(preset: str) -> Iterator[ParityCase]:
     sharded = PRESETS[preset].parameter is Placement.SHARD
-    for offload in ("optimizer", "parameter", "optimizer+parameter") if sharded else ("optimizer",):
+    replicated = ("optimizer", "optimizer+gradient")
+    for offload in (
+        (*replicated, "parameter", "gradient", "optimizer+parameter+gradient") if sharded else replicated
+    ):
         for model, accumulation, clipping, dtype, optimizer in (
             ("transformer", 3, 0.1, "fp32", "AdamW"),
             ("tied", 1, 0.1, "bf16", "AdamW"),

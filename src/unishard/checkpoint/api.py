@@ -16,6 +16,7 @@ from unishard.checkpoint.meeting import GroupMeeting, world
 from unishard.checkpoint.progress import bar
 from unishard.checkpoint.saving import Place, begin, finish
 from unishard.checkpoint.storage import Reader
+from unishard.errors import UnsupportedError
 
 State = MutableMapping[str, Any]
 
@@ -55,7 +56,13 @@ def async_save(state: State, folder: str | Path) -> PendingSave:
     A save that is still under way is waited for first. Errors come with `result()` on what this returns.
     """
     comm = world()
-    return _queue.start(_place(folder, None), entries_of(state, comm.rank, comm.size))
+    contents = entries_of(state, comm.rank, comm.size)
+    if not contents.all_here:
+        raise UnsupportedError(
+            f"async_save to {folder}: some of the state rests on a tier, and a copy of it would bring all of it into "
+            "memory; use unishard.checkpoint.save, which writes group by group"
+        )
+    return _queue.start(_place(folder, None), contents)
 
 
 def load(state: State, folder: str | Path, *, strict: bool = True) -> None:

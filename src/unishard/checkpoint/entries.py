@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from unishard.checkpoint.boxes import Box, boxes_of_run, split_rows, whole
+from unishard.sharding.parameter import is_dtensor
 
 _ALIGNED = 64  # bytes, for whole cache lines
 
@@ -159,26 +160,53 @@ def entries_of(state: Mapping[str, Any], rank: int, ranks: int) -> Contents:
         if not isinstance(value, torch.Tensor):
             if rank == _spread(key, ranks):
                 contents.blobs[key] = value
-        elif type(value).__name__ == "DTensor":
+        elif is_dtensor(value):
             contents.add(_distributed(key, value))
         else:
             contents.add(replicated(key, value, rank, ranks))
     return contents
 
 
-def _distributed(key: str, value: Any) -> Entry:
+@dataclass(frozen=True)
+class _Placed:
+    """Brings what rests of a group of the code door: parameters, and what optimizers keep."""
+
+    resting: Any
+
+    @contextmanager
+    def __call__(self, changed: bool) -> Iterator[None]:
+        from unishard.sharding.resting import desk
+
+        desk.clear()
+        with self.resting.opened(changed=changed):
+            yield
+        self.resting.settle()
+
+
+def _rests(value: Any) -> bool:
+    place = getattr(value, "place", None)
+    return place is not None and place.rests
+
+
+def _distributed(key: str, value: Any, local: torch.Tensor | None = None) -> Entry:
+    """A DTensor; with `local`, that in the place of its own part."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = value.device_mesh, value.placements
     sizes, offsets = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    local, box = value.to_local().detach(), Box(tuple(offsets), tuple(sizes))
-    held = [Part(box, local)] if box.numel and mesh.get_coordinate() is not None else []
+    box = Box(tuple(offsets), tuple(sizes))
+    if local is None and _rests(value):
+        entry = _distributed(key, value, torch.empty(box.sizes, dtype=value.dtype, device="meta"))
+        entry.away = Away(_Placed(value.place.resting), lambda: _distributed(key, value, value.place.local()))
+        return entry
+    here: torch.Tensor = value.to_local().detach() if local is None else local
+    held = [Part(box, here)] if box.numel and mesh.get_coordinate() is not None else []
     replicas, replica = 1, 0
     for dim, placement in enumerate(placements):
         if isinstance(placement, Replicate):
             replicas, replica = replicas * mesh.size(dim), replica * mesh.size(dim) + mesh.get_local_rank(dim)
-    written = share([Part(box, local.contiguous()) for box, local in held], replica, replicas)
+    written = share([Part(box, tensor.contiguous()) for box, tensor in held], replica, replicas)
     return Entry(key, tuple(value.shape), held, written)
 
 

@@ -180,7 +180,7 @@ COMBINATIONS: tuple[Combination, ...] = (
             f"{section}.device is nvme, and no nvme_path says where",
             "set nvme_path to a folder on a local disk",
         )
-        for section in ("offload_param", "offload_optimizer")
+        for section in ("offload_param", "offload_optimizer", "offload_gradient")
     ),
     Combination(
         "optimizer-in-backward-with-clipping",

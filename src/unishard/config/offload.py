@@ -51,6 +51,17 @@ class OffloadOptimizer(Section):
     ] = 0.8
 
 
+class OffloadGradient(Section):
+    """`zero_optimization.offload_gradient`, a section of unishard's own: where reduced gradients rest until the update.
+
+    Without it they rest where optimizer state does, as `offload_optimizer` says.
+    """
+
+    device: Device = "none"
+    nvme_path: Annotated[str | None, Honoured()] = None
+    pin_memory: Annotated[bool, _PINNED] = False
+
+
 class Aio(Section):
     """`aio`: block I/O of the nvme tier."""
 

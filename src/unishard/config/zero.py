@@ -18,7 +18,7 @@ from unishard.config.fields import (
     Translated,
     not_available,
 )
-from unishard.config.offload import Aio, OffloadOptimizer, OffloadParam
+from unishard.config.offload import Aio, OffloadGradient, OffloadOptimizer, OffloadParam
 
 _OLD_OPTIMIZER = ("DeepSpeed removed this key", 'use offload_optimizer: {"device": "cpu"}')
 _OLD_PARAM = ("DeepSpeed removed this key", 'use offload_param: {"device": "cpu"}')
@@ -138,6 +138,7 @@ class OffloadKeys(Section):
 
     offload_param: Annotated[OffloadParam | None, Honoured()] = None
     offload_optimizer: Annotated[OffloadOptimizer | None, Honoured()] = None
+    offload_gradient: Annotated[OffloadGradient | None, Honoured()] = None
     cpu_offload: Annotated[bool | None, Refused(*_OLD_OPTIMIZER, neutral=(False,))] = None
     cpu_offload_param: Annotated[bool | None, Refused(*_OLD_PARAM, neutral=(False,))] = None
     cpu_offload_params: Annotated[bool | None, Refused(*_OLD_PARAM, neutral=(False,))] = None

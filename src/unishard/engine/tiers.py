@@ -20,10 +20,11 @@ log = logging.getLogger("unishard")
 
 
 def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
-    """Open what `offload_param` and `offload_optimizer` ask for. All ranks call together; raises on all or on none."""
+    """Open what the sections `offload_*` ask for. All ranks call together; raises on all or on none."""
     zero = rc.zero_optimization
-    parameter, optimizer = zero.offload_param, zero.offload_optimizer
-    if not any(section is not None and section.device != "none" for section in (parameter, optimizer)):
+    parameter, optimizer, gradient = zero.offload_param, zero.offload_optimizer, zero.offload_gradient
+    sections = (parameter, optimizer, gradient)
+    if not any(section is not None and section.device != "none" for section in sections):
         return ON_DEVICE
     from unishard.offload.aligned import aligned_empty
 
@@ -32,11 +33,14 @@ def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
 
     found = ON_DEVICE
     with agree(communicator(dist.group.WORLD), "open the tiers of offloaded state"):
+        beside = _tier(optimizer, rc, device)
         found = Tiers(
-            _tier(parameter, rc, device),
-            _tier(optimizer, rc, device),
-            1.0 if optimizer is None else optimizer.ratio,
-            aligned_empty if device.type == "cpu" else on_device,
+            parameter=_tier(parameter, rc, device),
+            optimizer=beside,
+            # Gradients go with the optimizer that needs them, unless a section of their own says otherwise.
+            gradient=beside if gradient is None else _tier(gradient, rc, device),
+            ratio=1.0 if optimizer is None else optimizer.ratio,
+            buffer=aligned_empty if device.type == "cpu" else on_device,
         )
     return found
 

@@ -14,7 +14,7 @@ No implementation raises the version counters of what it writes; callers that ne
 
 from __future__ import annotations
 
-from unishard.kernels.ops import pack, squared_norm, sum_pieces, update
+from unishard.kernels.ops import join_powers, pack, power_sum, squared_norm, sum_pieces, update
 from unishard.kernels.rules import AdagradRule, AdamRule, LionRule, Rule, SgdRule
 from unishard.kernels.target import Target
 
@@ -25,7 +25,9 @@ __all__ = [
     "Rule",
     "SgdRule",
     "Target",
+    "join_powers",
     "pack",
+    "power_sum",
     "squared_norm",
     "sum_pieces",
     "update",

@@ -4,6 +4,7 @@
 |---|---|
 | `device`, `cpu`, `nvme` | the tiers, behind `unishard.sharding.ports.Tier` |
 | `layered` | several tiers, filled one after the other |
+| `policy` | what `fully_shard(offload_policy=)` takes |
 | `activations` | activations that rest on a tier between forward and backward |
 
 See docs/offload.md.
@@ -17,11 +18,13 @@ from unishard.offload.cpu import CpuTier
 from unishard.offload.device import DeviceTier
 from unishard.offload.layered import LayeredTier
 from unishard.offload.nvme import NvmeTier
+from unishard.offload.policy import NVMeOffloadPolicy
 
 __all__ = [
     "CpuTier",
     "DeviceTier",
     "LayeredTier",
+    "NVMeOffloadPolicy",
     "NvmeTier",
     "aligned_empty",
     "offload_activations",

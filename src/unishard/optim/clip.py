@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unishard.errors import NonFiniteError, ShardingError
-from unishard.kernels import squared_norm
+from unishard.kernels import join_powers, power_sum
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import is_dtensor
 
@@ -31,9 +31,12 @@ def shard_norm(groups: Sequence[ShardGroup], norm_type: float = 2.0) -> float:
     for axes in dict.fromkeys(g.axes for g in groups):
         members = [g for g in groups if g.axes == axes and g.gradients.shard is not None]
         device = members[0].buffer.device if members else groups[0].buffer.device
-        part = _power_sum(
-            [g.gradients.shard for g in members if g.gradients.shard is not None], norm_type, device
-        )
+        here = [g.gradients.shard for g in members if g.gradients.power is None]
+        part = power_sum([shard for shard in here if shard is not None], norm_type, device)
+        for group in members:
+            if group.gradients.power is not None:
+                # Summed when the gradient landed: it rests on a tier now.
+                part = join_powers(part, group.gradients.power, norm_type)
         reduced = axes.shard.all_reduce_control(
             part.view(1), "max" if math.isinf(norm_type) else "sum"
         ).item()
@@ -41,18 +44,6 @@ def shard_norm(groups: Sequence[ShardGroup], norm_type: float = 2.0) -> float:
         if math.isnan(reduced):
             return math.nan
     return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
-
-
-def _power_sum(shards: Sequence[torch.Tensor], norm_type: float, device: torch.device) -> torch.Tensor:
-    """The sum of p-th powers, or the largest element, of `shards`: fp64, no dimensions."""
-    if norm_type == 2.0 and device.type == "cpu" and all(s.dtype != torch.float64 for s in shards):
-        return squared_norm(shards) if shards else torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for shard in shards:
-        if shard.numel():
-            norm = torch.linalg.vector_norm(shard, norm_type, dtype=torch.float32).double()
-            total = torch.maximum(total, norm) if math.isinf(norm_type) else total + norm**norm_type
-    return total
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -101,7 +92,9 @@ def clip_grad_norm_(
             f"the gradient norm is {norm.item()}; it cannot be clipped. Pass error_if_nonfinite=False to scale anyway"
         )
     factor = (float(max_norm) / (norm + 1e-6)).clamp(max=1.0)
-    local = [_local(g) for g in grads]
+    local = [_local(g) for g in grads if not _rests(g)]
+    for grad in filter(_rests, grads):
+        grad.mul_(float(factor))
     for device, dtype in {(t.device, t.dtype) for t in local}:
         members = [t for t in local if t.device == device and t.dtype == dtype and t.numel()]
         if members:
@@ -111,17 +104,22 @@ def clip_grad_norm_(
 
 def _global_norm(grads: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
     """Sum p-th powers within each set of mesh axes that shard gradients, reduce over those axes, then join the sets."""
+    # Norms and not parts are collected: what rests on a tier is in memory one group at a time.
     by_axes: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    devices: dict[tuple[Any, ...], torch.device] = {}
     meshes: dict[tuple[Any, ...], tuple[Any, tuple[int, ...]]] = {}
     for grad in grads:
         mesh, dims, local = _sharded_dims(grad)
         key = (id(mesh), dims) if dims else ()
         meshes[key] = (mesh, dims)
-        by_axes.setdefault(key, []).append(local)
+        devices[key] = local.device
+        norms = by_axes.setdefault(key, [])
+        if local.numel():
+            norms.append(torch.linalg.vector_norm(local, norm_type, dtype=torch.float32))
+        del local
     total = torch.zeros((), dtype=torch.float32, device=grads[0].device if grads else None)
-    for key, locals_ in by_axes.items():
-        norms = [torch.linalg.vector_norm(t, norm_type, dtype=torch.float32) for t in locals_ if t.numel()]
-        part = torch.zeros((), dtype=torch.float32, device=locals_[0].device)
+    for key, norms in by_axes.items():
+        part = torch.zeros((), dtype=torch.float32, device=devices[key])
         if norms:
             stacked = torch.stack(norms)
             part = stacked.max() if math.isinf(norm_type) else (stacked**norm_type).sum()
@@ -129,6 +127,11 @@ def _global_norm(grads: Sequence[torch.Tensor], norm_type: float) -> torch.Tenso
         part = _reduce(part, mesh, dims, norm_type).to(total.device)
         total = torch.maximum(total, part) if math.isinf(norm_type) else total + part
     return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
+
+
+def _rests(grad: Any) -> bool:
+    """Whether `grad` is in memory only while it is used."""
+    return hasattr(grad, "place")
 
 
 def _sharded_dims(grad: Any) -> tuple[Any, tuple[int, ...], torch.Tensor]:
@@ -142,7 +145,7 @@ def _sharded_dims(grad: Any) -> tuple[Any, tuple[int, ...], torch.Tensor]:
             placements=[Replicate() if isinstance(p, Partial) else p for p in grad.placements]
         )
     dims = tuple(i for i, p in enumerate(grad.placements) if not isinstance(p, Replicate))
-    return grad.device_mesh, dims, grad.to_local()
+    return grad.device_mesh, dims, (grad.seen() if _rests(grad) else grad).to_local()
 
 
 def _reduce(part: torch.Tensor, mesh: Any, dims: Sequence[int], norm_type: float) -> torch.Tensor:

@@ -45,12 +45,15 @@ class RestingSteps:
     def run(self, groups: Sequence[ShardGroup], update: Callable[[ShardGroup], None]) -> None:
         """Call `update` with each group while it is in memory. A failure leaves the groups before it updated."""
         for position, group in enumerate(groups):
+            group.gradients.prefetch()
             _resting(group).open()
             for ahead in groups[position + 1 : position + 2]:
                 _resting(ahead).prefetch()
+                ahead.gradients.prefetch()
             try:
                 self._show(group)
-                update(group)
+                with group.gradients.in_memory():
+                    update(group)
                 group.buffer.carry_over()
             finally:
                 self._hide(group)

@@ -116,6 +116,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._attached = False
         self._loss_scale = loss_scale or NoLossScale()
         self._rules = rules or UpdateRules()
+        for group in schedule.groups:
+            group.gradients.norm_type = self._rules.norm_type
         self.grad_norm: float | None = None
         """Norm of the last update's gradients, unscaled and before clipping."""
         self.skipped = False
@@ -125,7 +127,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.tokens: float | None = None
         """Valid tokens of this rank since the last update, when losses are token sums."""
         self.before_update: Callable[[Sequence[ShardGroup]], None] | None = None
-        """Called with reduced, unscaled and clipped gradients in the groups, right before the update."""
+        """Called with reduced, unscaled and clipped gradients in the groups, right before the update; read them inside
+        `group.gradients.in_memory()`."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -267,10 +270,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _first_non_finite(self, groups: Sequence[ShardGroup]) -> str:
         found = None
         for position, group in enumerate(groups):
-            shard = group.gradients.shard
-            for index, registration in enumerate(group.registrations):
-                if shard is not None and not torch.isfinite(group.buffer.local(index, shard)).all():
-                    found = found or (position, index, registration.fqn)
+            with group.gradients.in_memory():
+                shard = group.gradients.shard
+                for index, registration in enumerate(group.registrations):
+                    if shard is not None and not torch.isfinite(group.buffer.local(index, shard)).all():
+                        found = found or (position, index, registration.fqn)
         everywhere = [f for f in groups[0].axes.shard.all_gather_object(found) if f is not None]
         return min(everywhere)[2] if everywhere else "unknown"
 
@@ -308,14 +312,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _update(self, groups: Sequence[ShardGroup], factor: float) -> None:
         """Step `inner` with gradients times `factor`."""
         flat = FlatSteps.can_step(self.inner, self._pieces) and not has_step_hooks(self.inner)
-        if factor != 1.0 and not (flat and self.before_update is None):
-            torch._foreach_mul_([g.gradients.shard for g in groups if g.gradients.shard is not None], factor)
-            factor = 1.0
         used = self._used(groups)
         if self.before_update is not None:
+            if factor != 1.0:
+                for group in groups:
+                    with group.gradients.in_memory(changed=True):
+                        _scale([group], factor)
+                factor = 1.0
             self.before_update(groups)
 
         def update(members: Sequence[ShardGroup]) -> None:
+            if factor != 1.0 and not flat:
+                _scale(members, factor)
             self._step({group: used[group] for group in members}, factor if flat else None)
 
         here, away = self._resting.split(groups)
@@ -400,3 +408,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._flat.release()
         self.inner.load_state_dict(state_dict["inner"])
         self._loss_scale.load_state_dict(state_dict["loss_scale"])
+
+
+def _scale(groups: Sequence[ShardGroup], factor: float) -> None:
+    torch._foreach_mul_([g.gradients.shard for g in groups if g.gradients.shard is not None], factor)

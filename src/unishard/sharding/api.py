@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from unishard.dist.agree import agree
 from unishard.dist.collectives import Communicator
 from unishard.dist.mesh import Axes, axes_of, ensure_process_group, subgroup
 from unishard.errors import MisuseError, ShardingError, UnsupportedError
@@ -20,7 +21,8 @@ from unishard.sharding.composable import is_replicated, note_sharded
 from unishard.sharding.dtensor import PlacementFn, deliver, swapped_group
 from unishard.sharding.first_run import prepare_first_run
 from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class, share_comm_ctx
-from unishard.sharding.hooks import StateDictHooks, watch_optimizers
+from unishard.sharding.heap import keep_heap_small
+from unishard.sharding.hooks import StateDictHooks, watch_optimizers, watch_resting_optimizers
 from unishard.sharding.in_place import broadcast_buffers
 from unishard.sharding.parameter import ParameterRecord, find_parameters, taken_by
 from unishard.sharding.placement import NO_SHARD, ZERO3, Placement, Sharding, preset
@@ -29,8 +31,9 @@ from unishard.sharding.policies import (
     OffloadPolicy,
     as_mesh_dims,
     as_mixed_precision,
-    require_supported_offload,
+    tiers_of,
 )
+from unishard.sharding.ports import ON_DEVICE
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.spmd import WholeMesh
 from unishard.sharding.unit import ShardUnit, unit_of, units_under
@@ -172,9 +175,14 @@ def _plan(
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    require_supported_offload(offload_policy, device)
+    tiers = ON_DEVICE
+    with agree(axes.shard, "fully_shard: open the tiers of offload_policy"):
+        tiers = tiers_of(offload_policy, device, sharding)
+    if tiers is not ON_DEVICE:
+        keep_heap_small()
+        watch_resting_optimizers()
     broadcast = _materialized_everywhere(modules, axes)
-    return ShardPlan(sharding, axes, as_mixed_precision(mp_policy), device, broadcast), mesh
+    return ShardPlan(sharding, axes, as_mixed_precision(mp_policy), device, broadcast, tiers), mesh
 
 
 def _check_dims(mesh: DeviceMesh, sharding: Sharding) -> None:

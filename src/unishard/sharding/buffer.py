@@ -7,7 +7,7 @@ place; `DimBuffer` splits every parameter along its own dim and copies out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -153,9 +153,12 @@ class GroupBuffer(ABC):
             self._reduce_plans[dtype] = plan
         return plan
 
-    def new_shard(self, dtype: torch.dtype) -> torch.Tensor:
-        """A shard's worth of memory; only what `reduce_plan` leaves alone is zeroed."""
-        fresh = torch.empty(self.layout.shard_numel, dtype=dtype, device=self.device)
+    def new_shard(
+        self, dtype: torch.dtype, make: Callable[[int, torch.dtype], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """A shard's worth of memory, of `make`; only what `reduce_plan` leaves alone is zeroed."""
+        numel = self.layout.shard_numel
+        fresh = torch.empty(numel, dtype=dtype, device=self.device) if make is None else make(numel, dtype)
         position = 0
         for start, numel in self._covered:
             fresh[position:start].zero_()

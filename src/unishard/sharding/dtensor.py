@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from unishard.dist.mesh import Axes
-from unishard.errors import MisuseError, ShardingError
+from unishard.errors import MisuseError, ShardingError, UnsupportedError
 from unishard.sharding.buffer import DimBuffer
 from unishard.sharding.build import MakeGroup, ShardPlan, fill
 from unishard.sharding.dim_layout import DimLayout, plan_dim_layout
@@ -27,6 +27,7 @@ from unishard.sharding.gradient import GroupGradients
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import Home, ParameterRecord, SwappedParameter, tensor_parallel_of
 from unishard.sharding.placement import Placement as Rest
+from unishard.sharding.ports import ON_DEVICE
 from unishard.sharding.precision import GroupPrecision, resolve_precision
 from unishard.sharding.spmd import WholeMesh
 from unishard.sharding.touched import agree_on_touched
@@ -124,6 +125,10 @@ class ShardedParameter(SwappedParameter):
         else:
             grad: Any = self.sharded.grad
             (grad.to_local() if isinstance(grad, DTensor) else grad).add_(local)
+        self.run_hooks()
+
+    def run_hooks(self) -> None:
+        """Call the hooks that wait for an accumulated gradient."""
         hooks = getattr(self.sharded, "_post_accumulate_grad_hooks", None)
         for hook in list(hooks.values()) if hooks else ():
             hook(self.sharded)
@@ -201,6 +206,11 @@ def swapped_group(
             layout, plan.axes, precision, plan.device, plan.sharding.parameter is Rest.REPLICATE
         )
         if is_extended(records[0].local):
+            if plan.tiers is not ON_DEVICE:
+                raise UnsupportedError(
+                    f"{records[0].fqn}: a {type(records[0].param).__name__} gathers in ways of its own and cannot rest "
+                    "on a tier; leave offload_policy out for its module"
+                )
             return _extended(name, records, precision, plan, mesh, layout, specs)
         on_meta = any(r.local.is_meta for r in records)
         if on_meta:
@@ -216,11 +226,21 @@ def swapped_group(
             for registration in registrations:
                 registration.reduce_along(whole_mesh.data_parallel)
         group = ShardGroup(name, plan.sharding, plan.axes, precision, buffer, registrations)
+        group.tiers = plan.tiers
         if not on_meta:
             group.adopt()
+            _rest(group)
         return group
 
     return make
+
+
+def _rest(group: ShardGroup, *, keep_objects: bool = False) -> None:
+    """Once there are values: let them rest where the policy says."""
+    if group.tiers is not ON_DEVICE:
+        from unishard.sharding.resting_dtensor import rest_parameters
+
+        rest_parameters(group, keep_objects=keep_objects)
 
 
 def _extended(
@@ -282,7 +302,15 @@ def deliver(groups: Sequence[ShardGroup]) -> None:
         for group, used in zip(members, touched, strict=True):
             shard = group.gradients.shard
             # A reduction that did not cross replicas leaves its sum inside for a later backward.
-            if shard is None:
+            if shard is None or not group.gradients.fresh_sum:
+                continue
+            if group.gradients.resting is not None:
+                from unishard.sharding.resting_dtensor import deliver_resting
+
+                given = [r.zero_if_unused and r.sharded.requires_grad for r in sharded_parameters(group)]
+                deliver_resting(group, [i for i, zeros in enumerate(given) if zeros or i in used])
+                group.gradients.fresh_sum = False
+                group.gradients.touched.clear()
                 continue
             for index, registration in enumerate(sharded_parameters(group)):
                 if index in used or (registration.zero_if_unused and registration.sharded.requires_grad):
@@ -300,7 +328,7 @@ def was_replaced(group: ShardGroup) -> bool:
         known = (registration.sharded, registration.whole, registration.resting)
         if current is not None and all(current is not param for param in known):
             return True
-        if isinstance(group, ExtendedGroup) or not isinstance(layout, DimLayout):
+        if isinstance(group, ExtendedGroup) or not isinstance(layout, DimLayout) or group.resting is not None:
             continue
         sharded: Any = registration.sharded
         local = sharded._local_tensor
@@ -313,6 +341,19 @@ def was_replaced(group: ShardGroup) -> bool:
     return False
 
 
+def require_same_kind(group: ShardGroup, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Raise `UnsupportedError` if `convert`, of `module.to(...)`, gives resting parameters another dtype or device."""
+    if group.resting is None:
+        return
+    before = torch.empty(0, dtype=group.precision.master, device=group.buffer.device)
+    after = convert(before)
+    if (after.dtype, after.device) != (before.dtype, before.device):
+        raise UnsupportedError(
+            f"{group.name}: its parameters rest on a tier as {before.dtype} for {before.device} and cannot become "
+            f"{after.dtype} on {after.device}; convert the model before fully_shard"
+        )
+
+
 @torch.no_grad()
 def resync(group: ShardGroup) -> None:
     """Take over what was done to the sharded parameters behind the group's back.
@@ -322,6 +363,10 @@ def resync(group: ShardGroup) -> None:
     """
     if isinstance(group, ExtendedGroup):
         return group.take_over()
+    if group.resting is not None:
+        from unishard.sharding.resting_dtensor import take_over
+
+        return take_over(group)
     registrations = sharded_parameters(group)
     for registration in registrations:
         home = registration.homes[0]
@@ -367,6 +412,9 @@ def _rebuild(group: ShardGroup, registrations: list[ShardedParameter], locals_: 
     group.gradients = GroupGradients(buffer, group.axes, group.precision, group.name)
     group.gradients.divisor, group.gradients.predivide = divisor, predivide
     group.reset()
+    if not buffer.shard.is_meta:
+        # An optimizer may hold the parameters already.
+        _rest(group, keep_objects=True)
 
 
 def copy_parameter(registration: ShardedParameter) -> nn.Parameter:

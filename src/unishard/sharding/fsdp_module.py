@@ -14,7 +14,13 @@ from torch.distributed.fsdp import UnshardHandle as TorchUnshardHandle
 from unishard.dist.streams import on_stream
 from unishard.errors import ArgumentTypeError, ShardingError, UnsupportedError
 from unishard.sharding.composable import forget_sharded, note_sharded
-from unishard.sharding.dtensor import copy_group, copy_parameter, resync, sharded_parameters
+from unishard.sharding.dtensor import (
+    copy_group,
+    copy_parameter,
+    require_same_kind,
+    resync,
+    sharded_parameters,
+)
 from unishard.sharding.hooks import StateDictHooks, UnitHooks, is_inert
 from unishard.sharding.parameter import Home
 from unishard.sharding.placement import Placement
@@ -212,6 +218,8 @@ class FSDPModule(TorchFSDPModule):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         unit = self._unit
         unit.reshard()
+        for group in unit.groups:
+            require_same_kind(group, args[0] if args else kwargs["fn"])
         # Past torch's override, which expects torch's own state.
         result = super(TorchFSDPModule, self)._apply(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for group in unit.groups:
@@ -258,6 +266,11 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
     for below in units_under(module):
         below.reshard()
         for group in below.groups:
+            if group.resting is not None:
+                raise UnsupportedError(
+                    f"deepcopy of {below.name}: its parameters rest on a tier, and a copy would need as much again; "
+                    "copy the model before fully_shard, or save and load its state"
+                )
             # DTensors have no deepcopy of their own.
             memo.update(
                 {

@@ -40,7 +40,7 @@ def fully_shard(
             int keeps 1/int of them on each rank of subgroups of that size (ZeRO++ hpZ, arXiv 2306.10209, section 3.2).
         shard_placement_fn: parameter -> `Shard(dim)`, or None for dim 0.
         mp_policy: unishard's or torch's mixed-precision policy.
-        offload_policy: unishard's or torch's offload policy.
+        offload_policy: `unishard.NVMeOffloadPolicy`, or a `CPUOffloadPolicy` of unishard or torch.
         ignored_params: parameters to leave alone.
         dp_mesh_dims: unishard's or torch's `DataParallelMeshDims`: `mesh` is then the one mesh that all parameters are
             DTensors on, whole along the named dims.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 
 import torch
 
@@ -10,9 +11,14 @@ from unishard.dist.collectives import Pending
 from unishard.dist.in_place import Contribution, Sources, Target, sum_dtype
 from unishard.dist.mesh import Axes
 from unishard.errors import StateError
+from unishard.kernels import power_sum
 from unishard.sharding.buffer import GroupBuffer
 from unishard.sharding.no_grad import no_grad
+from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import GroupPrecision
+from unishard.sharding.resting import Resting, desk
+
+_KIND = "gradient"
 
 _SMALL = 1 << 16
 """Bytes up to which a gradient waits for others, to be copied together: a call costs more than such a copy."""
@@ -46,6 +52,19 @@ class GroupGradients:
         """Parameters that delivered a gradient in this backward."""
         self.replica_partial: torch.Tensor | None = None
         self.shard: torch.Tensor | None = None
+        """Where gradients rest on a tier, in memory only inside `in_memory()`; otherwise it shows NaN."""
+        self.landing: torch.Tensor | None = None
+        """Where gradients rest on a tier: what this backward brings, until `land()`."""
+        self.power: torch.Tensor | None = None
+        """`power_sum` of a `shard` that rests on a tier."""
+        self.norm_type = 2.0
+        self.fresh_sum = True
+        """Whether something was added to `shard` since users were shown it."""
+        self.kept: Callable[[], Set[int]] | None = None
+        """Of what rests, the parameters whose sums go on; by default all do until `clear()`."""
+        self._tiers = ON_DEVICE
+        self.resting: Resting | None = None
+        """What of the gradients rests on a tier."""
         self.touched: set[int] = set()
         """Parameters that received a gradient on this rank in a finished backward since the last `clear()`."""
 
@@ -155,10 +174,22 @@ class GroupGradients:
 
     def target(self) -> Target:
         """`shard`, as the place for one more sum over all ranks."""
-        if self.shard is not None:
-            return Target(self.shard, accumulate=True, scale=self.scale)
-        self.shard = self.buffer.new_shard(self.precision.grad)
-        return Target(self.shard, accumulate=False, scale=self.scale)
+        held = self.shard if self.resting is None else self.landing
+        if held is not None:
+            return Target(held, accumulate=True, scale=self.scale)
+        return Target(self._hold(self._new_shard()), accumulate=False, scale=self.scale)
+
+    def _new_shard(self) -> torch.Tensor:
+        return self.buffer.new_shard(
+            self.precision.grad, None if self.resting is None else self._tiers.buffer
+        )
+
+    def _hold(self, total: torch.Tensor) -> torch.Tensor:
+        if self.resting is None:
+            self.shard = total
+        else:
+            self.landing = total
+        return total
 
     @no_grad
     def receive(self, total: torch.Tensor, scale: float) -> None:
@@ -168,12 +199,81 @@ class GroupGradients:
         if self.all_reduce_hook is not None:
             self.all_reduce_hook(total)
         total = total.to(self.precision.grad)
-        if self.shard is None:
-            self.shard = total
+        held = self.shard if self.resting is None else self.landing
+        if held is None:
+            self._hold(total)
             return
         # An all-reduced sum that peers may still be reading.
         self.axes.replicate.drain()
-        self.shard.add_(total)
+        held.add_(total)
+
+    # on a tier --------------------------------------------------------------------------------------------
+
+    def rest(self, tiers: Tiers, beside: Resting) -> None:
+        """From now on keep reduced gradients on `tiers.gradient`; `beside`: what else rests of the group."""
+        if tiers.gradient is not None:
+            self._tiers, self.resting = tiers, Resting(f"{self.name}/gradient", tiers, beside)
+
+    @property
+    def _away(self) -> bool:
+        return self.resting is not None and self.shard is not None and self.power is not None
+
+    @torch.no_grad()
+    def land(self, *, stay: bool = False) -> None:
+        """What was just reduced is added to what rests, and rests too. With `stay`, the sum is in memory instead."""
+        landing, resting, tier = self.landing, self.resting, self._tiers.gradient
+        if landing is None or resting is None or tier is None:
+            return
+        self.landing = None
+        desk.clear()
+        # An all-reduced sum that peers may still be reading.
+        self.axes.replicate.drain()
+        if self._away:
+            self._add_resting(landing, resting)
+        if stay:
+            self.shard, self.power = landing, None
+            return
+        if _KIND not in resting.kinds:
+            resting.add_zeros(_KIND, landing.numel(), landing.dtype, tier)
+        self.power = power_sum([landing], self.norm_type, landing.device)
+        resting.replace(_KIND, landing)
+        self.shard, self.fresh_sum = resting.flat(_KIND), True
+
+    def _add_resting(self, landing: torch.Tensor, resting: Resting) -> None:
+        """Add the sums so far to what has just been reduced."""
+        every = range(len(self.buffer.layout.shapes))
+        kept = set(every) if self.kept is None else self.kept()
+        if not kept:
+            return
+        with resting.opened([_KIND], changed=False):
+            before = resting.flat(_KIND)
+            if len(kept) == len(every):
+                landing.add_(before)
+                return
+            for index in kept:
+                self.buffer.local(index, landing).add_(self.buffer.local(index, before))
+
+    def settle(self) -> None:
+        """Return once what landed is stored, and its memory free."""
+        if self.resting is not None:
+            self.resting.settle()
+
+    def prefetch(self) -> None:
+        """Begin to read what rests."""
+        if self.resting is not None and self._away:
+            self.resting.prefetch()
+
+    @contextmanager
+    def in_memory(self, *, changed: bool = False) -> Iterator[None]:
+        """`shard` is in memory inside the block, wherever it rests."""
+        if self.resting is None or not self._away:
+            yield
+            return
+        with self.resting.opened([_KIND], changed=changed):
+            yield
+            if changed and self.shard is not None:
+                self.power = power_sum([self.shard], self.norm_type, self.shard.device)
+        self.resting.settle()
 
     def receive_partial(self, total: torch.Tensor) -> None:
         """Add a sum over the dp_shard axis only."""
@@ -203,7 +303,8 @@ class GroupGradients:
 
     def clear(self) -> None:
         self.forget_fresh()
-        self.replica_partial = self.shard = None
+        self.replica_partial = self.shard = self.landing = self.power = None
+        self.settle()
         self.touched.clear()
 
 

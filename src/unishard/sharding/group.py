@@ -16,7 +16,7 @@ from unishard.sharding.parameter import Registration
 from unishard.sharding.placement import Placement, Sharding
 from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import GroupPrecision, MixedPrecision
-from unishard.sharding.resting import Resting, is_absent
+from unishard.sharding.resting import Resting, desk, is_absent
 
 COALESCE_BYTES = 1 << 18
 """Per rank. Below this, what an operation costs (some 50 us of calls and waiting) outweighs what it moves."""
@@ -94,12 +94,14 @@ class ShardGroup:
     def rest(self, tiers: Tiers) -> None:
         """From now on keep on `tiers` what they are for, and in memory only while it is used."""
         buffer = self.buffer
-        mixed = buffer.master != buffer.compute
+        # Through the code door the parameter itself is the master, in whatever dtype it computes.
+        mixed = buffer.master != buffer.compute and self.registrations[0].in_place
         parameter = None if self.resident else tiers.parameter
         shard = tiers.optimizer if mixed else parameter
-        if parameter is None and tiers.optimizer is None:
+        if parameter is None and tiers.optimizer is None and tiers.gradient is None:
             return
         self.tiers, self.resting = tiers, Resting(self.name, tiers)
+        self.gradients.rest(tiers, self.resting)
         if mixed and not self.resident:
             buffer.compute_shard = buffer.shard.to(buffer.compute)
             if parameter is not None:
@@ -131,6 +133,7 @@ class ShardGroup:
 
     def _gather_resting(self, resting: Resting) -> Pending:
         kinds = self._gathered_kinds
+        desk.clear()
         resting.open(kinds)
         pending = self.buffer.gather(self.name)
         if self.resident:
@@ -286,6 +289,8 @@ class ShardGroup:
         shard += 0 if copy is None or is_absent(copy) else copy.nbytes
         full = self.buffer.full.numel() * self.buffer.full.element_size() if self.resident else 0
         gradient = self.gradients.shard
+        if gradient is not None and is_absent(gradient):
+            gradient = None
         return {
             "parameters": full if self.buffer.aliased else full + shard,
             "gradients": 0 if gradient is None else gradient.numel() * gradient.element_size(),

@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
     register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
 )
 from torch.utils import _pytree as pytree
 
@@ -350,14 +351,39 @@ def watch_optimizers() -> None:
         register_optimizer_step_post_hook(_note_step)
 
 
+def _begin_resting_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    from unishard.sharding.resting_state import begin_step
+
+    begin_step(optimizer)
+
+
+def _end_resting_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    from unishard.sharding.resting_state import end_step
+
+    end_step(optimizer)
+
+
+_watching_resting = False
+
+
+def watch_resting_optimizers() -> None:
+    """Let the state that optimizers keep of resting parameters rest too."""
+    global _watching_resting
+    if not _watching_resting:
+        _watching_resting = True
+        register_optimizer_step_pre_hook(_begin_resting_step)
+        register_optimizer_step_post_hook(_end_resting_step)
+
+
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether users hooked `optimizer.step()`, or all optimizers' steps: they expect gradients on parameters there."""
     own = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
-        _global_optimizer_pre_hooks,
     )
-    others = [hook for hook in _global_optimizer_post_hooks.values() if hook is not _note_step]
+    everywhere = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    ours = (_note_step, _begin_resting_step, _end_resting_step)
+    others = [hook for hooks in everywhere for hook in hooks.values() if hook not in ours]
     return any(own) or bool(others)
 
 

@@ -67,7 +67,7 @@ def shard_in_place(
     for choice in chosen:
         name, its = (choice.name, inner) if choice.name else (type(model).__name__, plan)
         if placed >= plan.tiers.ratio * total:
-            its = replace(its, tiers=replace(plan.tiers, optimizer=None))
+            its = replace(its, tiers=replace(plan.tiers, optimizer=None, gradient=None))
         placed += _elements(choice)
         materialize(choice.records, plan.device, param_init_fn)
         units.append(build_unit(name, [choice.module], choice.records, its, in_place_group(its), started))

@@ -63,7 +63,7 @@ class ParameterRecord:
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a DTensor, without importing `torch.distributed.tensor` to find out."""
-    return hasattr(tensor, "_spec") and type(tensor).__name__ == "DTensor"
+    return hasattr(tensor, "_spec") and any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
 
 
 def find_parameters(
@@ -248,6 +248,16 @@ class SwappedParameter(Registration):
     def rest_as(self, param: nn.Parameter | None) -> None:
         """Show `param` between uses; `None` means the sharded parameter again."""
         self._shown_at_rest = param
+        if not self.is_whole:
+            for home in self.homes:
+                home.register(self.resting)
+
+    def replace_sharded(self, param: nn.Parameter, *, keep_object: bool) -> None:
+        """Rest as `param` from now on. With `keep_object`, the object that others hold becomes what `param` is."""
+        if keep_object:
+            torch.utils.swap_tensors(self.sharded, param)
+            return
+        self.sharded = param
         if not self.is_whole:
             for home in self.homes:
                 home.register(self.resting)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from unishard.errors import ShardingError, UnsupportedError
+from unishard.sharding.placement import Placement, Sharding
+from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import MixedPrecision
 
 
@@ -38,6 +40,15 @@ class CPUOffloadPolicy(OffloadPolicy):
     """Sharded states rest in host memory; meaningful with an accelerator, accepted without one."""
 
     pin_memory: bool = True
+
+
+@runtime_checkable
+class TierPolicy(Protocol):
+    """An offload policy that says itself where states rest, such as `unishard.NVMeOffloadPolicy`."""
+
+    def open_tiers(self, device: torch.device) -> Tiers:
+        """The same tiers for equal policies, as long as somebody uses them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -105,15 +116,29 @@ def as_mixed_precision(policy: Any) -> MixedPrecision:
         ) from None
 
 
-def require_supported_offload(policy: Any, device: torch.device) -> None:
-    """Raise `UnsupportedError` for offload that this version does not do; on a CPU there is nothing to move."""
+def tiers_of(policy: Any, device: torch.device, sharding: Sharding) -> Tiers:
+    """Open the tiers that an offload policy asks for; on a CPU, states in host memory are where they would be anyway.
+
+    Raises `ShardingError` for what is no policy or does not go with `sharding`, `UnsupportedError` for what this
+    version does not do, `OffloadError` for a tier that cannot be opened.
+    """
     name = type(policy).__name__
+    if isinstance(policy, TierPolicy):
+        tiers = policy.open_tiers(device)
+        if tiers.parameter is not None and sharding.parameter is Placement.REPLICATE:
+            raise ShardingError(
+                f"offload_policy={policy!r} with {sharding}: every rank computes with parameters that it holds whole "
+                "between steps; pass parameters=False, or use sharding=ZERO3 or SHARD_GRAD_OP"
+            )
+        return tiers
     if name not in ("OffloadPolicy", "CPUOffloadPolicy"):
         raise ShardingError(
-            f"offload_policy={policy!r} is unknown; pass unishard.CPUOffloadPolicy or OffloadPolicy"
+            f"offload_policy={policy!r} is unknown; pass unishard.NVMeOffloadPolicy, CPUOffloadPolicy or OffloadPolicy"
         )
     if name == "CPUOffloadPolicy" and device.type != "cpu":
         raise UnsupportedError(
-            f"CPUOffloadPolicy on {device.type}: offload is not available in this version; use sharding=ZERO3 with "
-            "more ranks, or smaller dtypes (mp_policy), to save device memory"
+            f"CPUOffloadPolicy on {device.type}: offload to host memory through fully_shard is not available in this "
+            "version; use unishard.NVMeOffloadPolicy, unishard.initialize with offload_param, or sharding=ZERO3 with "
+            "more ranks"
         )
+    return ON_DEVICE

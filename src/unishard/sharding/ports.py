@@ -95,8 +95,10 @@ class Tiers:
     """Shards in compute dtype, of presets that shard parameters."""
     optimizer: Tier | None = None
     """Optimizer state, and fp32 master weights where parameters compute in another dtype."""
+    gradient: Tier | None = None
+    """Reduced gradients, from their reduction to the update."""
     ratio: float = 1.0
-    """The share of elements whose optimizer state goes to `optimizer`; the model's last groups stay."""
+    """The share of elements whose optimizer state and gradients go to their tiers; the model's last groups stay."""
     buffer: Callable[[int, torch.dtype], torch.Tensor] = _unaligned
     """Makes memory to fetch into, shape (numel,), that the tiers reach without a copy on the way."""
 

@@ -7,9 +7,10 @@ whoever reads it without opening it first cannot take it for data.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,8 +59,12 @@ class Resting:
     `open` and `close` are counted: a tensor leaves when its last user closes it.
     """
 
-    def __init__(self, name: str, tiers: Tiers) -> None:
+    def __init__(self, name: str, tiers: Tiers, beside: Resting | None = None) -> None:
+        """`beside`: what else rests of the same group; the two come and go together."""
         self.name = name
+        self.unit: Resting = beside or self
+        self.epochs: dict[tuple[str, int], int] = {}
+        """How often a parameter's part of a kind became another tensor; what was made before must not be used."""
         self._buffer = tiers.buffer
         # A module's groups of several dtypes have one name.
         self._serial = next(_serials)
@@ -77,6 +82,49 @@ class Resting:
         tier.put(item.key, tensor.detach())
         self._items[kind] = item
         tensor.data = absent(tensor)
+
+    def add_zeros(self, kind: str, numel: int, dtype: torch.dtype, tier: Tier) -> None:
+        """As `add` with zeros, without memory for them."""
+        item = _Item(absent(self._buffer(1, dtype)).expand(numel), tier, f"{self.name}/{kind}#{self._serial}")
+        tier.allocate(item.key, numel, dtype)
+        self._items[kind] = item
+
+    def replace(self, kind: str, memory: torch.Tensor) -> None:
+        """Give a tensor that nobody uses the values of `memory`, which is the tier's until `settle` returns."""
+        item = self._items[kind]
+        if item.users:
+            raise StateError(
+                f"{self.name}: {kind} would be overwritten while somebody has a view of it; clone() what is to be kept"
+            )
+        self._arrive(item)
+        item.tensor.data = absent(item.tensor)
+        here = item.tier.resident(item.key)
+        if here is not None and here.device == memory.device:
+            here.copy_(memory)
+            item.memory = None
+            return
+        item.memory = memory
+        item.writing = item.tier.store(item.key, memory)
+
+    def discard(self, kind: str) -> None:
+        """Forget a tensor that nobody uses, and give its room back."""
+        item = self._items[kind]
+        if item.users:
+            raise StateError(f"{self.name}: {kind} is in use; close it before it is discarded")
+        self._arrive(item)
+        item.tier.discard(item.key)
+        del self._items[kind]
+
+    def flat(self, kind: str) -> torch.Tensor:
+        """The tensor of one kind, here or away."""
+        return self._items[kind].tensor
+
+    def aliases(self, kind: str) -> int:
+        """How many tensors share the memory of one that is here; grows by what others make of it. 0 if it may stay."""
+        item = self._items[kind]
+        if item.in_place or item.memory is None:
+            return 0
+        return torch._C._storage_Use_Count(item.memory.untyped_storage()._cdata)
 
     def prefetch(self, kinds: Iterable[str] | None = None) -> None:
         """Begin to read what is away; `open` then waits less."""
@@ -131,6 +179,14 @@ class Resting:
         else:
             item.memory = None
 
+    def forget_prefetched(self) -> None:
+        """Drop what was read ahead and is not used after all."""
+        for item in self._items.values():
+            if item.users == 0 and item.reading is not None:
+                self._arrive(item)
+                item.memory = None
+                item.tensor.data = absent(item.tensor)
+
     def settle(self) -> None:
         """Return once everything that left is stored, and its memory is free."""
         for item in self._items.values():
@@ -174,3 +230,93 @@ class Resting:
     def nbytes(self) -> int:
         """Bytes of all tensors here, wherever they are."""
         return sum(i.tensor.numel() * i.tensor.element_size() for i in self._items.values())
+
+
+@dataclass
+class _Brought:
+    aliases: int
+    """How many tensors shared the memory when it came."""
+    changed: bool = False
+
+
+class Desk:
+    """What is in memory for operations on resting tensors outside of a step.
+
+    Whoever reads or writes a resting parameter names no block in which it does so. What an operation needs is therefore
+    brought before it, and stays until an operation needs another group: an optimizer that goes from parameter to
+    parameter reads and writes every group once, whatever number of operations it takes.
+    """
+
+    def __init__(self) -> None:
+        self._brought: dict[Resting, dict[str, _Brought]] = {}
+        self._writing: list[Resting] = []
+        self.on_arrival: Callable[[Resting], None] | None = None
+        """Called before tensors of a group are brought."""
+        self.zeros_like: Callable[[Any, torch.dtype], Any] | None = None
+        """Makes zeros of a resting tensor's shape that rest too, or nothing; set while an optimizer steps."""
+
+    def bring(self, wanted: Mapping[Resting, Iterable[str]]) -> None:
+        """Put `wanted` kinds into memory, and everything of other groups away."""
+        units = {resting.unit for resting in wanted}
+        for other in [resting for resting in self._brought if resting.unit not in units]:
+            self.put_away(other)
+        for resting, kinds in wanted.items():
+            if resting not in self._brought:
+                self._brought[resting] = {}
+                if self.on_arrival is not None:
+                    self.on_arrival(resting)
+            self.add(resting, kinds)
+
+    def add(self, resting: Resting, kinds: Iterable[str]) -> None:
+        """Bring more kinds of a group that is here."""
+        brought = self._brought[resting]
+        new = [kind for kind in dict.fromkeys(kinds) if kind not in brought and kind in resting.kinds]
+        resting.open(new)
+        brought.update({kind: _Brought(resting.aliases(kind)) for kind in new})
+
+    def note_change(self, resting: Resting, kind: str) -> None:
+        """A tensor that is here was written."""
+        found = self._brought.get(resting, {}).get(kind)
+        if found is not None:
+            found.changed = True
+
+    def keep_one(self) -> None:
+        """After an operation on several groups: all but the last leave."""
+        brought = list(self._brought)
+        for resting in brought:
+            if resting.unit is not brought[-1].unit:
+                self.put_away(resting)
+
+    def put_away(self, resting: Resting) -> None:
+        """Send a group back. What somebody still has a view of stays, and is written back when nobody does."""
+        brought = self._brought[resting]
+        for kind, state in list(brought.items()):
+            if resting.aliases(kind) > state.aliases:
+                # Views do not say whether they were written.
+                state.changed = True
+                continue
+            del brought[kind]
+            resting.close([kind], changed=state.changed)
+        if not brought:
+            del self._brought[resting]
+        self._settle_before(resting)
+
+    def _settle_before(self, resting: Resting) -> None:
+        """The group that left last is written while others work; those before it are waited for."""
+        for other in self._writing:
+            other.settle()
+        self._writing = [resting]
+
+    def clear(self) -> None:
+        """Everything leaves, and is stored when this returns."""
+        if not (self._brought or self._writing):
+            return
+        for resting in list(self._brought):
+            self.put_away(resting)
+        for resting in self._writing:
+            resting.settle()
+        self._writing = []
+
+
+desk = Desk()
+"""Operations come one after the other, whichever model they are on."""

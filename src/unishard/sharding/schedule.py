@@ -53,6 +53,8 @@ class ReductionQueue:
         self.on_reduced: Callable[[Sequence[ShardGroup]], None] | None = None
         """Called with groups whose gradients have been summed over all ranks, in the same order on all ranks."""
         self._in_flight: deque[InFlight] = deque()
+        self._landed: Sequence[ShardGroup] = ()
+        """Groups whose gradients are being stored."""
         self._lagging: Reduction | CoalescedReduction | None = None
         """Finished here; peers may still be reading this rank's part of it."""
         self._small: list[ShardGroup] = []
@@ -122,8 +124,17 @@ class ReductionQueue:
             # At most one group's gradients are kept for slower ranks.
             self._lagging.release()
         self._lagging = oldest
+        self._land(groups)
         if self.on_reduced is not None:
             self.on_reduced(groups)
+
+    def _land(self, groups: Sequence[ShardGroup]) -> None:
+        """Gradients that rest on a tier go there; those that went before are stored by now, or waited for."""
+        for group in self._landed:
+            group.gradients.settle()
+        self._landed = groups
+        for group in groups:
+            group.gradients.land(stay=self.on_reduced is not None)
 
     def flush(self) -> None:
         """Launch every group of this backward that is still waiting, then finish all."""
@@ -140,6 +151,7 @@ class ReductionQueue:
         while self._in_flight:
             self._finish_oldest()
         self._lagging = None
+        self._land(())
 
     def abandon(self) -> None:
         """Drop what a failed backward left; its collectives are still waited for."""

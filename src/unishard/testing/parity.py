@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unishard.sharding.group import WEIGHTS, ShardGroup
 from unishard.testing.models import MODELS, Batch, ToyModel
-from unishard.testing.tiers import resting_late
+from unishard.testing.tiers import LatePolicy, resting_late
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BOUNDS = {"fp32": 2e-5, "bf16": 0.1, "fp16": 0.02}
@@ -41,7 +41,7 @@ class ParityCase:
     optimizer: str = "AdamW"
     steps: int = 4
     offload: str = ""
-    """What rests on a tier: "optimizer", "parameter", or both joined by "+"; config door only."""
+    """What rests on a tier: "optimizer", "gradient", "parameter", or several joined by "+"."""
 
 
 @dataclass
@@ -212,7 +212,9 @@ def whole_gradients(groups: Iterable[ShardGroup], names: dict[int, str]) -> dict
         if group.gradients.shard is None:
             continue
         used = agree_on_touched([group], group.axes)[0]
-        for index, value in enumerate(_whole(group, group.gradients.shard)):
+        with group.gradients.in_memory():
+            values = _whole(group, group.gradients.shard)
+        for index, value in enumerate(values):
             if index in used:
                 found[names[id(group.registrations[index].visible)]] = value.float()
     return found
@@ -228,11 +230,14 @@ def train_code_door(model: ToyModel, case: ParityCase) -> Run:
 
         mesh = build_mesh("cpu", dp_replicate=2)
     dtype = DTYPES[case.dtype]
+    offload = LatePolicy(case.offload) if case.offload else None
     policy = unishard.MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
     # A unit's forward must run on all ranks, and tied weights belong to one unit: those models are one unit whole.
     units = [] if case.model in ("unused_branch", "tied", "tied_transformer") else model.shard_units()
     for module in [*units, model]:
-        unishard.fully_shard(module, mesh=mesh, sharding=case.preset, mp_policy=policy)
+        unishard.fully_shard(
+            module, mesh=mesh, sharding=case.preset, mp_policy=policy, offload_policy=offload
+        )
     optimizer = _new_optimizer(case, model.parameters())
     run = Run({}, [])
     for step in range(case.steps):
@@ -246,6 +251,8 @@ def train_code_door(model: ToyModel, case: ParityCase) -> Run:
         optimizer.step()
         optimizer.zero_grad()
     run.weights = {name: _full(p.detach()) for name, p in model.named_parameters()}
+    if offload is not None and not offload.tier.calls:
+        raise AssertionError(f"{case}: nothing went to the tier")
     return run
 
 

@@ -12,6 +12,7 @@ import torch
 from unishard.errors import OffloadError
 from unishard.offload.base import Transfer
 from unishard.offload.memory import MemoryEntry, MemoryTier
+from unishard.sharding.policies import OffloadPolicy
 from unishard.sharding.ports import Tiers
 
 
@@ -60,13 +61,29 @@ class LateTier(MemoryTier):
         return None
 
 
+class LatePolicy(OffloadPolicy):
+    """What `fully_shard` takes for models whose states rest on one late tier: "optimizer", "gradient", "parameter",
+    or several joined by "+"."""
+
+    def __init__(self, parts: str) -> None:
+        self.tier = LateTier()
+        self._tiers = _late(self.tier, parts)
+
+    def open_tiers(self, device: torch.device) -> Tiers:
+        return self._tiers
+
+
+def _late(tier: LateTier, parts: str, ratio: float = 1.0) -> Tiers:
+    return Tiers(*(tier if p in parts else None for p in ("parameter", "optimizer", "gradient")), ratio=ratio)
+
+
 @contextmanager
 def resting_late(parts: str, ratio: float = 1.0) -> Iterator[LateTier]:
-    """Models that `initialize` shards inside the block rest on one late tier: "optimizer", "parameter", or both
-    joined by "+"."""
+    """Models that `initialize` shards inside the block rest on one late tier: "optimizer", "gradient",
+    "parameter", or several joined by "+"."""
     # `unishard.engine.initialize` is also the name of the function inside.
     initialize = importlib.import_module("unishard.engine.initialize")
     tier = LateTier()
-    chosen = Tiers(tier if "parameter" in parts else None, tier if "optimizer" in parts else None, ratio)
+    chosen = _late(tier, parts, ratio)
     with mock.patch.object(initialize, "build_tiers", return_value=chosen):
         yield tier

@@ -6,7 +6,8 @@ Call after `initialize`. The `full` ones gather: all ranks call together. `None`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from unishard.optim.flat import Piece
 from unishard.optim.sharded import ShardedOptimizer
-from unishard.sharding.group import ShardGroup
+from unishard.sharding.group import WEIGHTS, ShardGroup
 from unishard.sharding.whole_state import ParameterHome, home_of, whole_state, write_state
 
 _optimizers: weakref.WeakKeyDictionary[ShardGroup, weakref.ref[ShardedOptimizer]] = (
@@ -41,9 +42,12 @@ def _piece(home: ParameterHome) -> tuple[ShardedOptimizer, Piece] | None:
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
-    """This rank's part of the fp32 master weight, 1-D: the memory itself."""
+    """This rank's part of the fp32 master weight, 1-D: the memory itself, or a copy if it rests on a tier."""
     home = home_of(param)
-    return None if home is None else home.local(home.group.buffer.shard)
+    if home is None:
+        return None
+    with home.group.in_memory(WEIGHTS, changed=False):
+        return _lasting(home.local(home.group.buffer.shard), home.group.resting is not None)
 
 
 def safe_get_local_grad(param: nn.Parameter) -> torch.Tensor | None:
@@ -51,7 +55,10 @@ def safe_get_local_grad(param: nn.Parameter) -> torch.Tensor | None:
     home = home_of(param)
     if home is None or home.group.gradients.shard is None:
         return None
-    return _unscaled(home, home.local(home.group.gradients.shard))
+    with home.group.gradients.in_memory():
+        return _lasting(
+            _unscaled(home, home.local(home.group.gradients.shard)), home.group.resting is not None
+        )
 
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
@@ -60,14 +67,17 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
     found = None if home is None else _piece(home)
     if found is None:
         return None
-    return found[0].state.get(found[1].param, {}).get(optim_state_key)
+    optimizer, piece = found
+    with optimizer.shown(piece.group, changed=False):
+        value = optimizer.state.get(piece.param, {}).get(optim_state_key)
+        return None if value is None else _lasting(value, piece.group.resting is not None)
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
     """Write this rank's part of the master weight; the compute weight follows. All ranks call together."""
     home = _require(param)
-    with torch.no_grad():
-        home.local(home.group.buffer.shard).copy_(value.reshape(-1))
+    with torch.no_grad(), _master(home) as local:
+        local.copy_(value.reshape(-1))
     _publish(home)
 
 
@@ -75,15 +85,14 @@ def safe_set_local_grad(param: nn.Parameter, value: torch.Tensor) -> None:
     """Write this rank's part of the reduced gradient."""
     home = _require(param)
     if home.group.gradients.shard is not None:
-        with torch.no_grad():
+        with torch.no_grad(), home.group.gradients.in_memory(changed=True):
             home.local(home.group.gradients.shard).copy_(value.reshape(-1) * _scale(home))
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
     """Write this rank's part of an optimizer state."""
-    state = safe_get_local_optimizer_state(param, optim_state_key)
-    if state is not None:
-        with torch.no_grad():
+    with torch.no_grad(), _state(param, optim_state_key) as state:
+        if state is not None:
             state.copy_(value.reshape(state.shape))
 
 
@@ -123,7 +132,8 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 def safe_set_full_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
     """Write the master weight, the same value on every rank; the compute weight follows."""
     home = _require(param)
-    write_state(home, home.local(home.group.buffer.shard), value)
+    with _master(home) as local:
+        write_state(home, local, value)
     _publish(home)
 
 
@@ -131,15 +141,16 @@ def safe_set_full_grad(param: nn.Parameter, value: torch.Tensor) -> None:
     """Write the reduced gradient that the coming step uses, the same value on every rank."""
     home = _require(param)
     if home.group.gradients.shard is not None:
-        write_state(home, home.local(home.group.gradients.shard), value * _scale(home))
+        with home.group.gradients.in_memory(changed=True):
+            write_state(home, home.local(home.group.gradients.shard), value * _scale(home))
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
     """Write an optimizer state, the same value on every rank."""
     home = _require(param)
-    local = safe_get_local_optimizer_state(param, optim_state_key)
-    if local is not None:
-        write_state(home, local, value)
+    with _state(param, optim_state_key) as local:
+        if local is not None:
+            write_state(home, local, value)
 
 
 def safe_update_full_grad_vectorized(
@@ -156,6 +167,32 @@ def _require(param: nn.Parameter) -> ParameterHome:
     from unishard.sharding.whole_state import require_home
 
     return require_home(param)
+
+
+def _lasting(value: torch.Tensor, away: bool) -> torch.Tensor:
+    """What may be kept after the memory of a resting tensor has left."""
+    return value.clone() if away else value
+
+
+@contextmanager
+def _master(home: ParameterHome) -> Iterator[torch.Tensor]:
+    """This rank's part of the master weight, to be written."""
+    with home.group.in_memory(WEIGHTS, changed=True):
+        yield home.local(home.group.buffer.shard)
+        if home.group.resting is not None:
+            home.group.buffer.carry_over()
+
+
+@contextmanager
+def _state(param: nn.Parameter, key: str) -> Iterator[torch.Tensor | None]:
+    """This rank's part of an optimizer state, to be written; `None` if there is none."""
+    home = home_of(param)
+    found = None if home is None else _piece(home)
+    if found is None:
+        yield None
+        return
+    with found[0].shown(found[1].group, changed=True):
+        yield found[0].state.get(found[1].param, {}).get(key)
 
 
 def _gathered(param: nn.Parameter, local: torch.Tensor | None) -> torch.Tensor | None:
