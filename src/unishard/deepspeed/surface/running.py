@@ -194,7 +194,8 @@ RUNNING: dict[str, Names] = {
     "runtime.activation_checkpointing.config": {
         **part("config_models", "DeepSpeedActivationCheckpointingConfig")
     },
-    "runtime.swap_tensor": {},
+    "runtime.swap_tensor": {**constants(MIN_SWAPPABLE_BYTES=1 << 20)},
+    "runtime.swap_tensor.utils": {**constants(MIN_AIO_BYTES=1 << 20, MIN_SWAPPABLE_BYTES=1 << 20)},
     "runtime.swap_tensor.aio_config": {**part("config_models", "get_aio_config")},
     "runtime.swap_tensor.partitioned_param_swapper": {**absent(OFFLOAD, "AsyncPartitionedParameterSwapper")},
     "runtime.swap_tensor.partitioned_optimizer_swapper": {**absent(OFFLOAD, "PartitionedOptimizerSwapper")},
