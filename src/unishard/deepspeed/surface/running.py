@@ -157,10 +157,9 @@ RUNNING: dict[str, Names] = {
             "get_flattened_grad_norm",
             "get_tensor_bytes",
             "noop_context",
+            "count_used_parameters_in_backward",
         ),
-        **part(
-            "numerics", "PartitionedTensor", note="built from a group and a tensor; not from saved metadata"
-        ),
+        **part("numerics", "PartitionedTensor"),
         **absent(INTERNAL, "all_gather_dp_groups", "all_gather_into_tensor_dp_groups"),
     },
     "runtime.compiler": {**part("machine", "is_compile_supported", "disable", "enable", "is_compiling")},
