@@ -40,6 +40,7 @@ class GroupBuffer(ABC):
     """
 
     layout: FlatLayout | DimLayout
+    views: list[torch.Tensor]
     aliased: bool = False
     """Whether `shard` is this rank's slice of a resident `full`: one memory, and nothing to copy before a gather."""
     copied: bool = False

@@ -96,7 +96,16 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
 
 
 def safe_get_full_grad(param: nn.Parameter) -> torch.Tensor | None:
-    """The whole reduced gradient, a copy in fp32, without the loss scale; `None` before a backward."""
+    """The whole reduced gradient, a copy in fp32, without the loss scale; `None` before a backward.
+
+    While gradients wait to be reduced (inside `no_sync()`, and between the micro-batches of stages 0 and 1) it is this
+    rank's own sum.
+    """
+    home = home_of(param)
+    if home is not None and home.group.gradients.shard is None:
+        own = home.group.gradients.waiting(home.index)
+        if own is not None:
+            return _unscaled(home, own.detach().float().clone().view(home.shape))
     grad = _gathered(param, safe_get_local_grad(param))
     return None if grad is None else grad.float()
 

@@ -291,7 +291,7 @@ def optimizer_class(rc: ResolvedConfig) -> type[ShardedOptimizer]:
     if rc.fp16.enabled:
         return FP16_Optimizer
     adam = rc.optimizer is not None and str(rc.optimizer.type).lower() in ("adam", "adamw")
-    if adam and not rc.optimizer.params.get("torch_adam"):
+    if adam and rc.optimizer is not None and not rc.optimizer.params.get("torch_adam"):
         return PlainFusedAdam
     return PlainOptimizer
 
