@@ -176,10 +176,10 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
     min_loss_scale: int = 1
     fp16_master_weights_and_grads: bool = False
 
-    @field_validator("loss_scale")
+    @field_validator("loss_scale", mode="before")
     @classmethod
-    def _finite(cls, value: float) -> float:
-        if not math.isfinite(value):
+    def _finite(cls, value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"fp16.loss_scale must be a finite number, and is {value}; 0 is a dynamic one")
         return value
 

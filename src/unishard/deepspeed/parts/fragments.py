@@ -37,13 +37,21 @@ def _piece(home: ParameterHome) -> tuple[ShardedOptimizer, Piece] | None:
     return None
 
 
+def _stepped(home: ParameterHome) -> bool:
+    """Whether the optimizer has updated this parameter."""
+    found = _piece(home)
+    return found is not None and bool(found[0].state.get(found[1].param))
+
+
 # parts ------------------------------------------------------------------------------------------------------
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
-    """This rank's part of the fp32 master weight, 1-D: the memory itself."""
+    """This rank's part of the fp32 master weight, 1-D: the memory itself. `None` for what was never trained."""
     home = home_of(param)
-    return None if home is None else home.local(home.group.buffer.shard)
+    if home is None or (not param.requires_grad and not _stepped(home)):
+        return None
+    return home.local(home.group.buffer.shard)
 
 
 def safe_get_local_grad(param: nn.Parameter) -> torch.Tensor | None:
@@ -60,7 +68,13 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
     found = None if home is None else _piece(home)
     if found is None:
         return None
-    return found[0].state.get(found[1].param, {}).get(optim_state_key)
+    optimizer, piece = found
+    if piece.param.numel():
+        return optimizer.state.get(piece.param, {}).get(optim_state_key)
+    # No part of this parameter is here; an empty one, where the optimizer keeps such a value for each element.
+    others = (optimizer.state.get(p.param, {}).get(optim_state_key) for p in optimizer.pieces)
+    kept = next((value for value in others if isinstance(value, torch.Tensor)), None)
+    return None if kept is None or kept.dim() == 0 else kept.new_empty(0)
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
