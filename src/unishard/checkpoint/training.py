@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -193,7 +194,7 @@ def _away_state(
         if dtype is None:
             value = optimizer.inner.state[piece.param][kind]
         else:
-            value = optimizer.state_slot(piece, kind, dtype, scalar=False)
+            value = optimizer.state_slot(piece, kind, dtype)
         _add_state(contents, key, piece, value)
         return contents.entries[key]
 
@@ -224,7 +225,7 @@ def optimizer_differences(
         info = catalog.tensors[f"{STATE}.{key}"]
         if name not in mine:
             rows.append((f"{STATE}.{key}", str(info.shape), "unexpected"))
-        elif info.shape not in ((), tuple(mine[name].group.buffer.layout.shapes[mine[name].index])):
+        elif prod(info.shape) != 1 and not _by_element(tuple(info.shape), mine[name]):
             shape = tuple(mine[name].group.buffer.layout.shapes[mine[name].index])
             rows.append((f"{STATE}.{key}", str(info.shape), str(shape)))
         elif known is not None and kind not in known:
@@ -242,9 +243,15 @@ def optimizer_parts(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.Mo
         name = names.of(piece.group, piece.index)
         for kind in kinds.get(name, ()) if piece.param.numel() else ():
             key = f"{STATE}.{name}.{kind}"
-            shape = () if catalog.tensors[key].shape == () else (piece.param.numel(),)
+            stored = tuple(catalog.tensors[key].shape)
+            shape = (piece.param.numel(),) if _by_element(stored, piece) else stored
             _add_state(contents, key, piece, torch.empty(shape, device="meta"))
     return list(contents.entries.values())
+
+
+def _by_element(stored: tuple[int, ...], piece: Piece) -> bool:
+    """Whether state of this shape has a value for each element of the parameter, rather than some for all of it."""
+    return stored == tuple(piece.group.buffer.layout.shapes[piece.index]) and stored != ()
 
 
 def _stored_kinds(catalog: Catalog) -> dict[str, list[str]]:
@@ -266,10 +273,11 @@ def optimizer_entries(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.
         for kind in kinds.get(name, ()) if piece.param.numel() else ():
             key = f"{STATE}.{name}.{kind}"
             info = catalog.tensors[key]
-            if info.shape != () and piece.group.resting is not None:
+            by_element = _by_element(tuple(info.shape), piece)
+            if by_element and piece.group.resting is not None:
                 _add_state(contents, key, piece, torch.empty(piece.param.numel(), device="meta"))
                 contents.entries[key].away = _away_state(optimizer, key, piece, kind, info.dtype)
                 continue
-            slot = optimizer.state_slot(piece, kind, info.dtype, scalar=info.shape == ())
+            slot = optimizer.state_slot(piece, kind, info.dtype, None if by_element else tuple(info.shape))
             _add_state(contents, key, piece, slot)
     return list(contents.entries.values())

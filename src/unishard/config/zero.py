@@ -160,7 +160,8 @@ class OffloadKeys(Section):
     ] = True
     elastic_checkpoint: Annotated[bool, Translated("it concerns DeepSpeed's own checkpoint files")] = False
     pipeline_loading_checkpoint: Annotated[
-        bool, not_available("loading a checkpoint in a pipeline", "set it to false")
+        bool,
+        Translated("a rank reads only its own parts of a checkpoint, so no rank waits for another's memory"),
     ] = False
 
 

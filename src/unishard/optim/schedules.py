@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import Any
 
 import torch.optim.lr_scheduler as torch_schedulers
 from torch.optim import Optimizer
@@ -99,7 +99,6 @@ class WarmupLR(_Warmup):
         return self._warmed(update)
 
 
-@final
 class WarmupDecayLR(WarmupLR):
     """`WarmupLR`, then fall linearly back to `warmup_min_lr` at `total_num_steps`.
 
@@ -139,7 +138,6 @@ class WarmupDecayLR(WarmupLR):
         return linear_decay_fraction(update, self.warmup_num_steps, self.total_num_steps)
 
 
-@final
 class WarmupCosineLR(_Warmup):
     """Rise to the optimizer's own rate, then follow half a cosine down to `cos_min_ratio` of it.
 
@@ -193,7 +191,6 @@ class WarmupCosineLR(_Warmup):
         return [float(lr) * ratio for lr in self.base_lrs]
 
 
-@final
 class LRRangeTest(ClosedFormLR):
     """Raise the rate steadily, to find the highest one that trains (Smith 2018, arXiv:1803.09820).
 

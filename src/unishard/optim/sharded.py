@@ -184,10 +184,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Weights and state of `group` are in memory inside the block, and in `state`, wherever they rest."""
         return self._resting.shown(group, changed=changed)
 
-    def state_slot(self, piece: Piece, name: str, dtype: torch.dtype, *, scalar: bool) -> torch.Tensor:
-        """The state tensor `name` of one piece, made of zeros if there is none: 1-D as the piece, or a scalar."""
-        if scalar:
-            return self.inner.state[piece.param].setdefault(name, torch.zeros((), dtype=dtype))
+    def state_slot(
+        self, piece: Piece, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """The state tensor `name` of one piece, made of zeros if there is none: 1-D as the piece, or of `shape`, for
+        values that belong to the parameter as a whole."""
+        if shape is not None:
+            return self.inner.state[piece.param].setdefault(name, torch.zeros(shape, dtype=dtype))
         return self._flat.slot(piece, name, dtype)
 
     def __repr__(self) -> str:

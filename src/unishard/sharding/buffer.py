@@ -41,6 +41,7 @@ class GroupBuffer(ABC):
     """
 
     layout: FlatLayout | DimLayout
+    views: list[torch.Tensor]
     aliased: bool = False
     """Whether `shard` is this rank's slice of a resident `full`: one memory, and nothing to copy before a gather."""
     copied: bool = False
@@ -95,6 +96,21 @@ class GroupBuffer(ABC):
         if self.allocated:
             self.full.untyped_storage().resize_(0)
             self.allocated = False
+
+    @property
+    def users(self) -> int:
+        """How many tensors share the memory of `full`."""
+        return torch._C._storage_Use_Count(self.full.untyped_storage()._cdata)
+
+    def part_with_memory(self) -> None:
+        """Leave the memory of `full` to the tensors outside that share it; the next gather gets other memory."""
+        with torch.inference_mode(False):
+            # `set_` checks the size, so the memory is there for a moment.
+            fresh = torch.empty_like(self.full).untyped_storage()
+            for tensor in (self.full, *self.views):
+                tensor.set_(fresh, tensor.storage_offset(), tensor.shape, tensor.stride())
+            fresh.resize_(0)
+        self.allocated = False
 
     @property
     def copy_of_shard(self) -> torch.Tensor | None:

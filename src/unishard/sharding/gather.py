@@ -54,12 +54,14 @@ def gather(params: Any, modifier_rank: int | None = None, enabled: bool = True) 
         single.reopen(param)
     # Inside another gather() of the same parameters, that one takes care of them.
     before = [(group, group.shown_whole, group.held) for group in groups]
+    users: list[int] = []
     for group in groups:
         group.unshard()
     for group in groups:
         group.wait()
         group.axes.shard.drain()
         group.held = True
+        users.append(group.buffer.users)
     try:
         yield
     finally:
@@ -69,12 +71,16 @@ def gather(params: Any, modifier_rank: int | None = None, enabled: bool = True) 
                 single.close(param)
             else:
                 single.drop(param)
-        for group, was_whole, was_held in before:
+        for (group, was_whole, was_held), sharing in zip(before, users, strict=True):
             group.held = was_held
             if modifier_rank is not None:
                 _take_over(group, modifier_rank)
-            if not was_whole:
-                group.reshard()
+            if was_whole:
+                continue
+            if not group.resident and group.buffer.users > sharing:
+                # Somebody keeps a state dict, or `param.detach()`: those values are theirs.
+                group.part_with_memory()
+            group.reshard()
 
 
 def _groups(params: Any) -> list[ShardGroup]:

@@ -289,6 +289,15 @@ class GroupGradients:
         """Whether gradients of this rank wait to be reduced."""
         return self.whole is not None or bool(self.fresh)
 
+    def waiting(self, index: int) -> torch.Tensor | None:
+        """This rank's own whole gradient of parameter `index` that is not reduced yet, if there is one."""
+        self._pack_small()
+        if index in self.fresh:
+            return self.fresh[index]
+        if self.whole is None or index not in self.filled:
+            return None
+        return self.buffer.whole_views(self.whole)[index]
+
     @property
     def unreduced(self) -> bool:
         """Whether sums wait here that other ranks have not seen."""

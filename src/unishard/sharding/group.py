@@ -242,6 +242,11 @@ class ShardGroup:
         self._gathered = False
         self._take_back()
 
+    def part_with_memory(self) -> None:
+        """Show what rests, and leave the gathered memory to the tensors outside that share it."""
+        self.show_sharded()
+        self.buffer.part_with_memory()
+
     def mark_current(self) -> None:
         """What is gathered and the shard were written alike."""
         self._gathered_version = self._version()

@@ -253,8 +253,10 @@ class StrayCallHooks:
     def __init__(self, unit: ShardUnit, module: nn.Module) -> None:
         self._unit = unit
         self._opened = False
-        module.register_forward_pre_hook(ModuleHook(unit, self._before), prepend=True)
-        module.register_forward_hook(ModuleHook(unit, self._after))
+        unit.hooks.handles += [
+            module.register_forward_pre_hook(ModuleHook(unit, self._before), prepend=True),
+            module.register_forward_hook(ModuleHook(unit, self._after)),
+        ]
 
     def _before(self, *args: Any) -> None:
         unit = self._unit

@@ -12,11 +12,12 @@ from torch import nn
 from unishard.dist.mesh import Axes
 from unishard.errors import ShardingError
 from unishard.sharding.build import ShardPlan, build_unit, in_place_group
-from unishard.sharding.group import ShardGroup
+from unishard.sharding.group import WEIGHTS, ShardGroup
 from unishard.sharding.hooks import StrayCallHooks
 from unishard.sharding.init import ParamInit, fill_module, materialize, require_initializable
 from unishard.sharding.schedule import Schedule
-from unishard.sharding.unit import ShardUnit, units_under
+from unishard.sharding.unit import ShardUnit, forget_unit, units_under
+from unishard.sharding.whole_state import ParameterHome, whole_state
 from unishard.sharding.wrap import ChosenUnit, assign_parameters, choose_modules
 
 
@@ -82,6 +83,29 @@ def shard_in_place(
         unit.schedule = schedule
     broadcast_buffers(model, plan.axes)
     return ShardedModel(model, schedule)
+
+
+@torch.no_grad()
+def restore_in_place(model: nn.Module) -> None:
+    """Undo `shard_in_place`: every parameter is whole again, in its master dtype, and nothing listens any more.
+
+    Whatever was built over the shards (an engine, an optimizer) is of no use afterwards. All ranks call together.
+    Raises `ShardingError` for a model that `fully_shard` sharded.
+    """
+    for unit in list(units_under(model)):
+        for group in unit.groups:
+            if not all(registration.in_place for registration in group.registrations):
+                raise ShardingError(
+                    f"module {unit.name!r} was sharded by fully_shard; build a fresh model, or continue with this one"
+                )
+            with group.in_memory(WEIGHTS, changed=False):
+                for index, registration in enumerate(group.registrations):
+                    home = ParameterHome(group, index)
+                    whole = whole_state(home, home.local(group.buffer.shard))
+                    registration.visible.grad = None
+                    registration.visible.data = whole
+        unit.hooks.remove()
+        forget_unit(unit)
 
 
 def _elements(choice: ChosenUnit) -> int:

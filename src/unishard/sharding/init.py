@@ -71,7 +71,7 @@ class _ShardingBuild:
             param, single = self._open.pop(key)
             single.close(param)
         for param, single in params:
-            if not single.open:
+            if not single.open and not single.opening:
                 single.reopen(param)
                 self._open[id(param)] = (param, single)
 

@@ -22,6 +22,8 @@ class SingleShard:
         self.device = param.device
         self.layout: FlatLayout = plan_layout([tuple(param.shape)], axes.shard.size)
         self.open = True
+        self.opening = False
+        """Whether `reopen` is under way: functions that touch the parameter meanwhile belong to it."""
         self._shard = torch.empty(0)
         self.close(param)
 
@@ -65,7 +67,11 @@ class SingleShard:
     @torch.no_grad()
     def reopen(self, param: nn.Parameter) -> None:
         """Give the parameter its whole data back, until `close`."""
-        param.data = self.whole()
+        self.opening = True
+        try:
+            param.data = self.whole()
+        finally:
+            self.opening = False
         self.open = True
 
 

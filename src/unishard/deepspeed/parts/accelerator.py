@@ -123,7 +123,8 @@ class DeepSpeedAccelerator(ABC):
     is_fp16_supported = is_fp64_supported = is_bf16_supported
 
     def supported_dtypes(self) -> list[torch.dtype]:
-        return [torch.float, torch.half, torch.bfloat16]
+        half = [torch.half] if self.is_fp16_supported() else []
+        return [torch.float, *half, torch.bfloat16]
 
     def _tensor(self, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         def make(*args: Any) -> torch.Tensor:
@@ -252,7 +253,13 @@ class CPU_Accelerator(DeepSpeedAccelerator):
         return True
 
     def device_count(self) -> int:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or os.cpu_count() or 1
+        # LOCAL_SIZE is DeepSpeed's name, LOCAL_WORLD_SIZE torchrun's.
+        named = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "0"
+        return int(named) or os.cpu_count() or 1
+
+    def is_fp16_supported(self) -> bool:
+        """Whether the processor computes in fp16. Training in fp16 runs without it too, slowly."""
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
     def current_device(self) -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))

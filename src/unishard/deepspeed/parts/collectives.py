@@ -247,3 +247,15 @@ def configure(deepspeed_config: Any = None, enabled: bool | None = None, **optio
         log.warning(
             "unishard: comm.configure(enabled=True): there is no communication log; use torch.profiler"
         )
+
+
+def known_world_size(world_size: int | None) -> int | None:
+    """The number of ranks, as given or out of `WORLD_SIZE`; `None` where it is not known yet.
+
+    >>> known_world_size(2)
+    2
+    """
+    if world_size is not None and world_size > 0:
+        return world_size
+    named = os.environ.get("WORLD_SIZE", "")
+    return int(named) if named.isdigit() and int(named) > 0 else None

@@ -6,14 +6,16 @@ Whether a key is honoured is decided where a model meets its configuration (`uni
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
+from unishard.deepspeed.parts.configuration import DeepSpeedConfigError
 from unishard.deepspeed.parts.logs import logger
 
 
@@ -57,7 +59,9 @@ class DeepSpeedConfigModel(BaseModel):
         for part in path:
             holder = getattr(holder, part)
         if last in getattr(holder, "model_fields_set", ()):
-            raise ValueError(f"{name} is an old name of {successor}, and both are given; keep {successor}")
+            raise DeepSpeedConfigError(
+                f"{name} is an old name of {successor}, and both are given; keep {successor}"
+            )
         setattr(holder, last, value)
 
     @field_serializer("dtype", check_fields=False)
@@ -164,13 +168,20 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
 
     enabled: bool = False
     auto_cast: bool = False
-    loss_scale: float = Field(0, ge=0)
+    loss_scale: float = Field(0, ge=0, allow_inf_nan=True)
     initial_scale_power: int = 16
     loss_scale_window: int = 1000
     hysteresis: int = 2
     consecutive_hysteresis: bool = False
     min_loss_scale: int = 1
     fp16_master_weights_and_grads: bool = False
+
+    @field_validator("loss_scale", mode="before")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"fp16.loss_scale must be a finite number, and is {value}; 0 is a dynamic one")
+        return value
 
     def initial_dynamic_scale(self) -> float:
         return 2**self.initial_scale_power

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from unishard.config import ResolvedConfig, resolve
+from unishard.config.batch import TRIAD, TriadError, solve
 from unishard.deepspeed.parts.config_models import (
     DeepSpeedActivationCheckpointingConfig,
     DeepSpeedAutotuningConfig,
@@ -55,6 +56,18 @@ class DeepSpeedConfig:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._resolved, name)
+
+    def _configure_train_batch_size(self) -> None:
+        """Settle `train_batch_size`, `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps` again, from
+        those of them that were assigned."""
+        given = [self.__dict__.get(name) for name in TRIAD]
+        try:
+            triad = solve(given[0], given[1], given[2], self.world_size, "the process group")
+        except TriadError as error:
+            raise DeepSpeedConfigError(str(error)) from error
+        self.train_batch_size = triad.train
+        self.train_micro_batch_size_per_gpu = triad.micro
+        self.gradient_accumulation_steps = triad.accumulation
 
     @property
     def zero_config(self) -> DeepSpeedZeroConfig:

@@ -69,7 +69,29 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
             completed[key] = value
     if "optimizer_in_backward" in completed and "gradient_clipping" not in raw:
         completed["gradient_clipping"] = 0.0
+    if completed.get("zero_allow_untested_optimizer") in (0, 1):
+        completed["zero_allow_untested_optimizer"] = bool(completed["zero_allow_untested_optimizer"])
+    zero = completed.get("zero_optimization")
+    if isinstance(zero, Mapping):
+        completed["zero_optimization"] = _without_old_offload_keys(zero)
     return completed
+
+
+_OLD_OFFLOAD = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_params": "offload_param",
+}
+
+
+def _without_old_offload_keys(zero: Mapping[str, Any]) -> dict[str, Any]:
+    """`zero_optimization` with the flags from before DeepSpeed 0.3.11, which it still reads, in today's sections."""
+    section = dict(zero)
+    for old, new in _OLD_OFFLOAD.items():
+        if section.get(old) is True and not section.get(new):
+            del section[old]
+            section[new] = {"device": "cpu"}
+    return section
 
 
 class ConfigView(dict[str, Any]):

@@ -12,10 +12,15 @@ import torch
 from torch import nn
 
 from unishard.deepspeed.parts.accessors import CONFIG_ACCESSORS, config_accessors
+from unishard.deepspeed.parts.checkpoint_names import (
+    get_model_ckpt_name_for_rank,
+    get_zero_ckpt_name_for_rank,
+)
 from unishard.deepspeed.parts.configuration import ConfigView
 from unishard.deepspeed.parts.data import DataIO
 from unishard.deepspeed.parts.fragments import note_optimizer
 from unishard.deepspeed.parts.misuse import EmptyStateNote, compare_batch
+from unishard.deepspeed.parts.timers import ThroughputTimer
 from unishard.engine.engine import Engine
 from unishard.errors import StateError, UnsupportedError
 from unishard.optim.sharded import ShardedOptimizer
@@ -53,6 +58,7 @@ class DeepSpeedEngine(DataIO, Engine):
         self.args, self.collate_fn, self.client_optimizer = args, collate_fn, client
         if self.optimizer is not None:
             note_optimizer(self.optimizer)
+        self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         # Direct calls of backward() are divided by the accumulation steps here.
         self._warned_plain_backward = True
 
@@ -62,6 +68,8 @@ class DeepSpeedEngine(DataIO, Engine):
         if not self._batch_compared and torch.is_grad_enabled():
             self._batch_compared = True
             compare_batch((args, kwargs), self.train_micro_batch_size_per_gpu())
+        if self.training and torch.is_grad_enabled():
+            self.tput_timer.start()
         output = super().forward(*args, **kwargs)
         if self.gradient_accumulation_steps() > 1 and torch.is_grad_enabled():
             self._divide_in_plain_backward(output)
@@ -103,11 +111,14 @@ class DeepSpeedEngine(DataIO, Engine):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         if not self._syncs:
             raise EngineMisuseError(
-                "step() inside no_sync(): gradients have not met; leave the context first"
+                "It is illegal to call Engine.step() inside no_sync context manager: gradients have not met; leave the "
+                "context first"
             )
         if not self._has_gradients():
             self._take_assigned()
+        boundary = self.is_gradient_accumulation_boundary()
         super().step(lr_kwargs)
+        self.tput_timer.stop(global_step=boundary)
 
     def _take_assigned(self) -> None:
         """Gradients that the script put on parameters by hand, without a backward; they carry the loss scale."""
@@ -130,6 +141,16 @@ class DeepSpeedEngine(DataIO, Engine):
                 "initialize; without one it only runs forward"
             )
         return self.optimizer
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """As `unishard.Engine.no_sync`; inside another one it raises, as DeepSpeed's does."""
+        if not self._syncs:
+            raise EngineMisuseError(
+                "no_sync context manager reentry is unsupported: gradients stay local already; leave the inner one out"
+            )
+        with super().no_sync():
+            yield
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
@@ -234,6 +255,18 @@ class DeepSpeedEngine(DataIO, Engine):
         )
         self.loaded_checkpoint_tag = Path(path).name
         return path, client_state
+
+    def _get_ckpt_name(self, checkpoints_path: str, tag: str, mp_placeholder: str | None = None) -> str:
+        """Where DeepSpeed would keep the module states, and `unishard convert` puts them."""
+        return get_model_ckpt_name_for_rank(str(Path(checkpoints_path, str(tag))), mp_placeholder or "00")
+
+    def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str:
+        """Where DeepSpeed would keep this rank's optimizer states, and `unishard convert` puts them."""
+        return get_zero_ckpt_name_for_rank(
+            str(Path(checkpoints_path, str(tag))), self.get_data_parallel_rank(), 0
+        )
+
+    _get_optimizer_ckpt_name = _get_zero_ckpt_name
 
     # accessors that are more than a configuration value -------------------------------------------------------
 

@@ -38,13 +38,20 @@ def _piece(home: ParameterHome) -> tuple[ShardedOptimizer, Piece] | None:
     return None
 
 
+def _stepped(home: ParameterHome) -> bool:
+    """Whether the optimizer has updated this parameter."""
+    found = _piece(home)
+    return found is not None and bool(found[0].state.get(found[1].param))
+
+
 # parts ------------------------------------------------------------------------------------------------------
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
-    """This rank's part of the fp32 master weight, 1-D: the memory itself, or a copy if it rests on a tier."""
+    """This rank's part of the fp32 master weight, 1-D: the memory itself, or a copy if it rests on a tier. `None` for
+    what was never trained."""
     home = home_of(param)
-    if home is None:
+    if home is None or (not param.requires_grad and not _stepped(home)):
         return None
     with home.group.in_memory(WEIGHTS, changed=False):
         return _lasting(home.local(home.group.buffer.shard), home.group.resting is not None)
@@ -68,9 +75,14 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
     if found is None:
         return None
     optimizer, piece = found
-    with optimizer.shown(piece.group, changed=False):
-        value = optimizer.state.get(piece.param, {}).get(optim_state_key)
-        return None if value is None else _lasting(value, piece.group.resting is not None)
+    if piece.param.numel():
+        with optimizer.shown(piece.group, changed=False):
+            value = optimizer.state.get(piece.param, {}).get(optim_state_key)
+            return None if value is None else _lasting(value, piece.group.resting is not None)
+    # No part of this parameter is here; an empty one, where the optimizer keeps such a value for each element.
+    others = (optimizer.state.get(p.param, {}).get(optim_state_key) for p in optimizer.pieces)
+    kept = next((value for value in others if isinstance(value, torch.Tensor)), None)
+    return None if kept is None or kept.dim() == 0 else kept.new_empty(0)
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
@@ -105,7 +117,16 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
 
 
 def safe_get_full_grad(param: nn.Parameter) -> torch.Tensor | None:
-    """The whole reduced gradient, a copy in fp32, without the loss scale; `None` before a backward."""
+    """The whole reduced gradient, a copy in fp32, without the loss scale; `None` before a backward.
+
+    While gradients wait to be reduced (inside `no_sync()`, and between the micro-batches of stages 0 and 1) it is this
+    rank's own sum.
+    """
+    home = home_of(param)
+    if home is not None and home.group.gradients.shard is None:
+        own = home.group.gradients.waiting(home.index)
+        if own is not None:
+            return _unscaled(home, own.detach().float().clone().view(home.shape))
     grad = _gathered(param, safe_get_local_grad(param))
     return None if grad is None else grad.float()
 

@@ -25,6 +25,7 @@ from unishard.deepspeed.parts.zero_optimizers import optimizer_class
 from unishard.engine.initialize import Makers
 from unishard.engine.initialize import initialize as build
 from unishard.errors import ConfigError, UnsupportedError
+from unishard.sharding.in_place import restore_in_place
 
 
 def initialize(
@@ -67,6 +68,8 @@ def initialize(
     if dist_init_required is not False:
         init_distributed(distributed_port=distributed_port)
     show_zero_attributes()
+    # As in DeepSpeed, a model may be given again, to another engine; the earlier one is of no use then.
+    restore_in_place(model)
     try:
         built = build(
             model=model,

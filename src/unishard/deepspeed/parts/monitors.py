@@ -154,7 +154,8 @@ class CometMonitor(Monitor):
     def __init__(self, comet_config: Any) -> None:
         super().__init__(comet_config)
         self.experiment: Any = None
-        self._scheduler = EventsLogScheduler(comet_config.samples_log_interval)
+        self.samples_log_interval: int = comet_config.samples_log_interval
+        self._scheduler = EventsLogScheduler(self.samples_log_interval)
         if self.writes:
             check_comet_availability()
             import comet_ml  # pyright: ignore[reportMissingImports]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unishard.deepspeed.parts.accelerator import get_accelerator
+from unishard.errors import StateError
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -83,6 +84,23 @@ class PartitionedTensor:
         self.partition = partition_uniform(tensor.numel(), self.num_parts)
         start, stop = self.partition[self.rank : self.rank + 2]
         self.local_data = tensor.detach().reshape(-1)[start:stop].clone()
+
+    @classmethod
+    def from_meta(cls, meta: Tensor, local_part: Tensor, group: Any, device: Any = None) -> PartitionedTensor:
+        """What `to_meta` described, with this rank's elements `local_part`."""
+        numbers = [int(n) for n in meta.tolist()]
+        made = cls.__new__(cls)
+        made.group, made.local_data = group, local_part
+        made.orig_size = numbers[1 : 1 + numbers[0]]
+        made.num_parts, made.rank = numbers[1 + numbers[0]], dist.get_rank(group)
+        made.partition = partition_uniform(prod(made.orig_size), made.num_parts)
+        made.orig_device = torch.device(device) if device is not None else local_part.device
+        return made
+
+    def to_meta(self) -> Tensor:
+        """Number of dims, size, number of parts: what another rank needs besides its elements."""
+        numbers = [len(self.orig_size), *self.orig_size, self.num_parts]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.orig_device)
 
     def full_size(self) -> list[int]:
         return self.orig_size
@@ -378,3 +396,16 @@ class noop_context:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *failure: Any) -> None: ...
+
+
+def count_used_parameters_in_backward(parameters: Sequence[Tensor]) -> int:
+    """How many of `parameters` get a gradient in the backward that is running.
+
+    Raises:
+        StateError: no backward is running.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        raise StateError("count_used_parameters_in_backward() is for use during backward, in a hook")
+    with torch.enable_grad():
+        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters if p.requires_grad]
+    return sum(torch._C._will_engine_execute_node(node) for node in nodes)

@@ -108,10 +108,13 @@ def _gathering(sharding: _Sharded) -> Callable[..., None]:
 
 
 def _releasing(sharding: _Sharded) -> Callable[..., None]:
-    def partition(param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False) -> None:
+    def partition(
+        param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, free_data: bool = True
+    ) -> None:
         from unishard.deepspeed.parts.zero_init import close_parameters
 
-        close_parameters([sharding.param] if param_list is None else param_list, updated=has_been_updated)
+        params = [sharding.param] if param_list is None else param_list
+        close_parameters(params, updated=has_been_updated, free=free_data)
 
     return partition
 
@@ -125,6 +128,7 @@ _ATTRIBUTES: dict[str, Callable[[_Sharded], Any]] = {
     "ds_param_type": lambda s: ZeroParamType.PARTITIONED,
     "ds_persist": lambda s: False,
     "ds_process_group": lambda s: s.process_group,
+    "ds_zero_param_process_group": lambda s: s.process_group,
     "ds_active_sub_modules": lambda s: set(),
     "ds_summary": lambda s: (
         lambda **_: {

@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 import torch
 
+from unishard.optim.closed_form import ClosedFormLR
 from unishard.optim.one_cycle import OneCycle as _OneCycle
-from unishard.optim.schedules import LRRangeTest, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from unishard.optim.schedules import LRRangeTest as _LRRangeTest
+from unishard.optim.schedules import WarmupCosineLR as _WarmupCosineLR
+from unishard.optim.schedules import WarmupDecayLR as _WarmupDecayLR
+from unishard.optim.schedules import WarmupLR as _WarmupLR
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
+log = logging.getLogger("unishard")
 
-class OneCycle(_OneCycle):
+
+class _Numbered(ClosedFormLR):
+    """`step(n)` in DeepSpeed says that update n, counted from 0, is over; torch's that update n is next."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(None if epoch is None else epoch + 1)
+
+    @property
+    def last_batch_iteration(self) -> int:
+        """The last update that is over; -1 before the first."""
+        return self.last_epoch - 1
+
+
+def _known_type(kind: str) -> str:
+    """DeepSpeed warms up logarithmically where it does not know the type, and says so."""
+    if kind in ("log", "linear"):
+        return kind
+    log.warning(
+        "unishard: warmup_type %r is neither 'log' nor 'linear'; taking 'log', as DeepSpeed does", kind
+    )
+    return "log"
+
+
+class LRRangeTest(_Numbered, _LRRangeTest):
+    """As `unishard.optim.schedules.LRRangeTest`."""
+
+
+class WarmupLR(_Numbered, _WarmupLR):
+    """As `unishard.optim.schedules.WarmupLR`; an unknown `warmup_type` is taken for `"log"`."""
+
+    def _set_warmup(self, num_steps: int, kind: str) -> None:
+        super()._set_warmup(num_steps, _known_type(kind))
+
+
+class WarmupDecayLR(_Numbered, _WarmupDecayLR):
+    """As `unishard.optim.schedules.WarmupDecayLR`; an unknown `warmup_type` is taken for `"log"`."""
+
+    def _set_warmup(self, num_steps: int, kind: str) -> None:
+        super()._set_warmup(num_steps, _known_type(kind))
+
+
+class WarmupCosineLR(_Numbered, _WarmupCosineLR):
+    """As `unishard.optim.schedules.WarmupCosineLR`; an unknown `warmup_type` is taken for `"log"`."""
+
+    def _set_warmup(self, num_steps: int, kind: str) -> None:
+        super()._set_warmup(num_steps, _known_type(kind))
+
+    def get_lr_ratio(self) -> float:
+        """The share of each group's own rate that the coming update uses."""
+        return self.ratio_at(self.last_epoch)
+
+
+class OneCycle(_Numbered, _OneCycle):
     """`unishard.optim.one_cycle.OneCycle` with DeepSpeed's treatment of momentum.
 
     `betas[1]` is 0.99 throughout, the first update takes `cycle_min_mom`, and SGD's momentum is left alone.
@@ -46,8 +104,13 @@ class OneCycle(_OneCycle):
         """Updates of the whole cycle."""
         return self._cycle.first + self._cycle.second
 
+    @property
+    def step_ratio(self) -> float:
+        """The rising share of the cycle."""
+        return self._cycle.first / self.total_size
 
-SCHEDULES = {"OneCycle": OneCycle}
+
+SCHEDULES = {kind.__name__: kind for kind in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)}
 """Schedules that the door builds in place of the engine's own."""
 
 VALID_LR_SCHEDULES = ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
@@ -86,7 +149,6 @@ _OF_SCHEDULE = {
         "warmup_num_steps",
         "warmup_type",
         "cos_min_ratio",
-        "total_num_steps",
     ),
 }
 
@@ -106,7 +168,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         group.add_argument(f"--{name}", type=float, default=default)
     for name, default in _INTS.items():
         group.add_argument(f"--{name}", type=int, default=default)
-    group.add_argument("--lr_range_test_staircase", type=bool, default=False)
+    group.add_argument("--lr_range_test_staircase", default=False, action="store_true")
     group.add_argument("--cycle_momentum", default=False, action="store_true")
     group.add_argument("--warmup_type", type=str, default="log", help="log or linear")
     return parser
@@ -119,7 +181,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def _override(schedule: str, args: Any, params: dict[str, Any]) -> None:
     for name, value in vars(args).items():
-        if name.startswith(_OF_SCHEDULE[schedule]) and value is not None:
+        # A size below zero is the command line's way of not giving one.
+        given = value is not None and not (name in _INTS and value < 0)
+        if name.startswith(_OF_SCHEDULE[schedule]) and given:
             params[name] = value
 
 
@@ -163,6 +227,8 @@ def get_lr_from_config(config: dict[str, Any]) -> tuple[float | None, str]:
             return None, f"LR schedule {key} not defined in config"
     if config["type"] not in VALID_LR_SCHEDULES:
         return None, f"{config['type']} is not a valid LR schedule"
+    if config["type"] == "WarmupCosineLR":
+        return None, "WarmupCosineLR has no rate of its own: it scales those of the optimizer's groups"
     key = {"LRRangeTest": "lr_range_test_min_lr", "OneCycle": "cycle_max_lr"}.get(
         config["type"], "warmup_max_lr"
     )

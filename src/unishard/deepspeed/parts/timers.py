@@ -135,7 +135,14 @@ class NoopTimer:
 
 
 class ThroughputTimer:
-    """Samples a second over the steps between `start` and `stop`."""
+    """Samples a second over the steps between `start` and `stop`; the first `start_step` steps do not count.
+
+    >>> timer = ThroughputTimer(batch_size=8)
+    >>> timer.start()
+    >>> timer.stop(global_step=True)
+    >>> timer.micro_step_count, timer.global_step_count, timer.total_elapsed_time
+    (1, 1, 0.0)
+    """
 
     def __init__(
         self,
@@ -151,24 +158,33 @@ class ThroughputTimer:
             start_step,
             steps_per_output,
         )
-        self.global_step_count = 0
-        self.total_elapsed_time = 0.0
-        self._started: float | None = None
+        self.initialized = self.started = False
+        self.micro_step_count = self.global_step_count = 0
+        self.start_time = self.end_time = 0.0
+        self.step_elapsed_time = self.total_elapsed_time = 0.0
+        """Seconds of the step under way, and of all that count."""
 
     def start(self) -> None:
-        get_accelerator().synchronize()
-        self._started = time.perf_counter()
+        self.initialized = self.started = True
+        if self.global_step_count >= self.start_step:
+            get_accelerator().synchronize()
+            self.start_time = time.perf_counter()
 
     def stop(self, global_step: bool = False, report_speed: bool = True) -> None:
-        if self._started is None:
+        if not self.started:
+            return
+        self.started = False
+        self.micro_step_count += 1
+        self.global_step_count += global_step
+        if not self.start_time:
             return
         get_accelerator().synchronize()
-        spent, self._started = time.perf_counter() - self._started, None
-        self.global_step_count += global_step
-        if self.global_step_count >= self.start_step:
-            self.total_elapsed_time += spent
+        self.end_time = time.perf_counter()
+        spent = self.end_time - self.start_time
+        self.total_elapsed_time += spent
+        self.step_elapsed_time = 0.0 if global_step else self.step_elapsed_time + spent
 
     def avg_samples_per_sec(self) -> float:
         """Of the steps after the first `start_step`; -inf before."""
-        steps = self.global_step_count - self.start_step + 1
+        steps = self.global_step_count - self.start_step
         return self.batch_size * steps / self.total_elapsed_time if self.total_elapsed_time else float("-inf")

@@ -176,15 +176,22 @@ def open_parameters(params: Iterable[Any]) -> None:
             home.group.held = True
 
 
-def close_parameters(params: Iterable[Any], *, updated: bool = False) -> None:
-    """Release again, keeping what was written if `updated`: what `param.partition()` does."""
+def close_parameters(params: Iterable[Any], *, updated: bool = False, free: bool = True) -> None:
+    """Release again, keeping what was written if `updated`: what `param.partition()` does.
+
+    Without `free` a parameter of `zero.Init` counts as released and its memory stays until the next release.
+    """
     for param in params:
         single, home = single_of(param), home_of(param)
         if single is not None and single.open:
+            if not free:
+                whole = param.data
             if updated:
                 single.close(param)
             else:
                 single.drop(param)
+            if not free:
+                param.data = whole  # pyright: ignore[reportPossiblyUnboundVariable]
         elif home is not None and home.group.held:
             home.group.held = False
             if updated:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from unishard.config import ResolvedConfig
+from unishard.deepspeed.parts.optimizers import FusedAdam
 from unishard.optim.loss_scale import NoLossScale
 from unishard.optim.sharded import ShardedOptimizer
 
@@ -16,9 +17,16 @@ from unishard.optim.sharded import ShardedOptimizer
 class DeepSpeedOptimizer(ShardedOptimizer):
     """What every engine's optimizer is. `optimizer` is the torch optimizer that steps this rank's shards."""
 
+    attempted_steps = 0
+    """Steps so far, skipped ones included."""
+
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.inner
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().step(closure)
+        self.attempted_steps += 1
 
     @property
     def overflow(self) -> bool:
@@ -72,9 +80,85 @@ class DeepSpeedOptimizer(ShardedOptimizer):
     def destroy(self) -> None:
         """Nothing is registered anywhere that would need removing."""
 
+    def _reduced(self, group: int) -> list[torch.Tensor]:
+        """This rank's parts of the reduced gradients of one parameter group, loss scale included; zeros where none."""
+        found = []
+        for piece in self.members[group]:
+            gradients = piece.group.gradients.shard
+            if gradients is None:
+                found.append(torch.zeros_like(piece.param.detach()))
+            else:
+                found.append(piece.group.buffer.local(piece.index, gradients))
+        return found
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        """For each parameter group the 2-norm of this rank's parts of its gradients, without the loss scale."""
+        return [
+            torch.linalg.vector_norm(_flat(self._reduced(group)).float()) / self.loss_scale
+            for group in range(len(self.members))
+        ]
+
+
+class PlainOptimizer(DeepSpeedOptimizer):
+    """fp32 on every rank. DeepSpeed hands out the torch optimizer itself there, so this passes for it."""
+
+    shown_as: type[torch.optim.Optimizer] | None = None
+    """What a configured optimizer is to scripts; `None`: whatever steps the shards."""
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        inner = self.__dict__.get("inner")
+        return type(self) if inner is None else self.shown_as or type(inner)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self.inner
+
+    __hash__ = object.__hash__
+
+
+class PlainFusedAdam(PlainOptimizer):
+    """As `PlainOptimizer`, for `"type": "Adam"` and `"AdamW"`."""
+
+    shown_as = FusedAdam
+
 
 class ZeROOptimizer(DeepSpeedOptimizer):
     """Base of the optimizers of ZeRO."""
+
+    nccl_start_alignment_factor = 2
+    """Parts of `parallel_partitioned_bit16_groups` start at multiples of this many elements."""
+
+    @property
+    def averaged_gradients(self) -> dict[int, list[torch.Tensor]]:
+        """For each parameter group this rank's parts of the reduced gradients; empty before a backward."""
+        if not any(p.group.gradients.shard is not None for pieces in self.members for p in pieces):
+            return {}
+        return {group: self._reduced(group) for group in range(len(self.members))}
+
+    def get_fp32_grad_partitions(self) -> dict[int, dict[int, torch.Tensor]]:
+        """This rank's parts of the reduced gradients in fp32, by parameter group and position in it."""
+        return {
+            group: {index: grad.float() for index, grad in enumerate(grads)}
+            for group, grads in self.averaged_gradients.items()
+        }
+
+    @property
+    def parallel_partitioned_bit16_groups(self) -> list[list[torch.Tensor]]:
+        """For each parameter group every rank's equal part of its weights, flat, in the compute dtype: copies."""
+        groups = []
+        for group in range(len(self.members)):
+            params = self._params(group)
+            ranks = self.members[group][0].group.axes.shard.size if params else 1
+            flat = _flat([p.detach() for p in params])
+            align = ranks * self.nccl_start_alignment_factor
+            flat = torch.nn.functional.pad(flat, (0, -flat.numel() % align))
+            groups.append(list(flat.chunk(ranks)))
+        return groups
+
+    def _set_fp32_optimizer_param_groups(self) -> None:
+        """Nothing to do: `optimizer` always holds the shards that it steps."""
+
+    _clear_fp32_optimizer_param_groups = _set_fp32_optimizer_param_groups
 
     @property
     def single_partition_of_fp32_groups(self) -> list[torch.Tensor]:
@@ -121,6 +205,11 @@ class BF16_Optimizer(ZeROOptimizer):
     def fp32_groups_flat_partition(self) -> list[torch.Tensor]:
         return self.single_partition_of_fp32_groups
 
+    @property
+    def fp32_groups_gradients_flat(self) -> list[torch.Tensor]:
+        """For each parameter group this rank's parts of the reduced gradients, flat."""
+        return [_flat(self._reduced(group)).float() for group in range(len(self.members))]
+
 
 class FP16_Optimizer(DeepSpeedOptimizer):
     """fp16 without a sharded model."""
@@ -159,7 +248,12 @@ class ScalerView:
     }
 
     def __init__(self, optimizer: DeepSpeedOptimizer) -> None:
-        self._scaler = optimizer.scaler
+        self._optimizer, self._scaler = optimizer, optimizer.scaler
+
+    @property
+    def cur_iter(self) -> int:
+        """Updates of the scale so far."""
+        return self._optimizer.attempted_steps
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -194,7 +288,12 @@ def optimizer_class(rc: ResolvedConfig) -> type[ShardedOptimizer]:
         return BF16_Optimizer if _accumulates_in_fp32(rc, stage) else DeepSpeedZeroOptimizer
     if rc.bf16.enabled:
         return BF16_Optimizer
-    return FP16_Optimizer if rc.fp16.enabled else DeepSpeedOptimizer
+    if rc.fp16.enabled:
+        return FP16_Optimizer
+    adam = rc.optimizer is not None and str(rc.optimizer.type).lower() in ("adam", "adamw")
+    if adam and rc.optimizer is not None and not rc.optimizer.params.get("torch_adam"):
+        return PlainFusedAdam
+    return PlainOptimizer
 
 
 def _accumulates_in_fp32(rc: ResolvedConfig, stage: int) -> bool:

@@ -63,7 +63,10 @@ CHECKPOINTS: dict[str, Names] = {
     "checkpoint.deepspeed_checkpoint": {**absent(CONVERT, "DeepSpeedCheckpoint")},
     "checkpoint.zero_checkpoint": {**absent(CONVERT, "ZeROCheckpoint")},
     "checkpoint.reshape_3d_utils": _DESCRIPTORS,
-    "checkpoint.ds_to_universal": {**absent(CONVERT, "main", "dp_index_to_str", "parse_arguments")},
+    "checkpoint.ds_to_universal": {
+        **part("universal", "main", "parse_arguments"),
+        **absent(CONVERT, "dp_index_to_str"),
+    },
     "checkpoint.universal_checkpoint": {
         **absent(CONVERT, "enable_universal_checkpoint", "load_hp_checkpoint_state")
     },

@@ -157,10 +157,9 @@ RUNNING: dict[str, Names] = {
             "get_flattened_grad_norm",
             "get_tensor_bytes",
             "noop_context",
+            "count_used_parameters_in_backward",
         ),
-        **part(
-            "numerics", "PartitionedTensor", note="built from a group and a tensor; not from saved metadata"
-        ),
+        **part("numerics", "PartitionedTensor"),
         **absent(INTERNAL, "all_gather_dp_groups", "all_gather_into_tensor_dp_groups"),
     },
     "runtime.compiler": {**part("machine", "is_compile_supported", "disable", "enable", "is_compiling")},
@@ -194,7 +193,8 @@ RUNNING: dict[str, Names] = {
     "runtime.activation_checkpointing.config": {
         **part("config_models", "DeepSpeedActivationCheckpointingConfig")
     },
-    "runtime.swap_tensor": {},
+    "runtime.swap_tensor": {**constants(MIN_SWAPPABLE_BYTES=1 << 20)},
+    "runtime.swap_tensor.utils": {**constants(MIN_AIO_BYTES=1 << 20, MIN_SWAPPABLE_BYTES=1 << 20)},
     "runtime.swap_tensor.aio_config": {**part("config_models", "get_aio_config")},
     "runtime.swap_tensor.partitioned_param_swapper": {**absent(OFFLOAD, "AsyncPartitionedParameterSwapper")},
     "runtime.swap_tensor.partitioned_optimizer_swapper": {**absent(OFFLOAD, "PartitionedOptimizerSwapper")},

@@ -82,7 +82,7 @@ _CHECKS = part("monitors", "check_tb_availability", "check_wandb_availability", 
 SERVICES: dict[str, Names] = {
     "comm": {**_COMM, **_LOG, **_NO_LOG},
     "comm.comm": {**_COMM, **_LOG, **_NO_LOG},
-    "comm.torch": {**absent(INTERNAL, "TorchBackend")},
+    "comm.torch": {**part("collectives", "known_world_size"), **absent(INTERNAL, "TorchBackend")},
     "comm.reduce_op": {**part("collectives", "ReduceOp")},
     "comm.constants": {
         **constants(
