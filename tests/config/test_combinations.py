@@ -43,6 +43,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     ),
     "offload-param-without-path": zero(stage=3, offload_param={"device": "nvme"}),
     "offload-optimizer-without-path": zero(stage=3, offload_optimizer={"device": "nvme"}),
+    "offload-gradient-without-path": zero(stage=3, offload_gradient={"device": "nvme"}),
     "optimizer-in-backward-with-clipping": {"optimizer_in_backward": True, "gradient_clipping": 1.0},
     "optimizer-in-backward-with-fp16": {"optimizer_in_backward": True, "fp16": {"enabled": True}},
     "mics-and-hpz": zero(stage=3, mics_shard_size=2, zero_hpz_partition_size=2),

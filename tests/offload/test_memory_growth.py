@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "memory_growth.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("door", ["config", "code"])
 def test_memory_does_not_grow(door: str, tmp_path: Path) -> None:
-    options = ["--nvme", str(tmp_path), f"--door={door}", "--steps=32", "--width=64", "--depth=3"]
+    options = ["--nvme", str(tmp_path), f"--door={door}", "--steps=24", "--width=64", "--depth=3"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=200
     )
