@@ -56,6 +56,12 @@ def test_old_offload_flags_become_sections():
         "cpu_offload_param": False,
         "offload_optimizer": {"device": "cpu"},
     }
+    assert with_defaults({"zero_optimization": {"max_live_parameters": 7}})["zero_optimization"] == {
+        "stage3_max_live_parameters": 7
+    }
+    assert deepspeed.ops.__compatible_ops__[deepspeed.ops.aio.AsyncIOBuilder.NAME]
+    with pytest.raises(NotImplementedError, match="nvme"):
+        deepspeed.ops.aio.AsyncIOBuilder().load()
     assert with_defaults({"zero_allow_untested_optimizer": 1})["zero_allow_untested_optimizer"] is True
 
 

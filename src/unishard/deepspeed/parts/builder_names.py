@@ -11,8 +11,10 @@ KERNEL_OF = {
 }
 """Builders whose operation is one of unishard's kernels, each with a torch fallback."""
 
+THROUGH_CONFIGURATION = ("AsyncIOBuilder",)
+"""Builders whose operation runs here through the configuration (NVMe offload), without a module to call."""
+
 OTHERS = (
-    "AsyncIOBuilder",
     "CCLCommBuilder",
     "EvoformerAttnBuilder",
     "FPQuantizerBuilder",
@@ -33,4 +35,4 @@ OTHERS = (
 )
 """Builders of what does not exist here."""
 
-BUILDER_NAMES = (*KERNEL_OF, *OTHERS)
+BUILDER_NAMES = (*KERNEL_OF, *THROUGH_CONFIGURATION, *OTHERS)

@@ -73,7 +73,7 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
         completed["zero_allow_untested_optimizer"] = bool(completed["zero_allow_untested_optimizer"])
     zero = completed.get("zero_optimization")
     if isinstance(zero, Mapping):
-        completed["zero_optimization"] = _without_old_offload_keys(zero)
+        completed["zero_optimization"] = _todays_keys(zero)
     return completed
 
 
@@ -84,9 +84,17 @@ _OLD_OFFLOAD = {
 }
 
 
-def _without_old_offload_keys(zero: Mapping[str, Any]) -> dict[str, Any]:
-    """`zero_optimization` with the flags from before DeepSpeed 0.3.11, which it still reads, in today's sections."""
-    section = dict(zero)
+_STAGE3 = (
+    "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters",
+    "max_reuse_distance", "gather_16bit_weights_on_model_save", "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params", "allgather_sequential",
+)  # fmt: skip
+"""Keys that DeepSpeed takes with and without `stage3_`."""
+
+
+def _todays_keys(zero: Mapping[str, Any]) -> dict[str, Any]:
+    """`zero_optimization` with other spellings that DeepSpeed reads, its offload flags of old among them, in one."""
+    section = {f"stage3_{key}" if key in _STAGE3 else key: value for key, value in zero.items()}
     for old, new in _OLD_OFFLOAD.items():
         if section.get(old) is True and not section.get(new):
             del section[old]

@@ -22,11 +22,15 @@ _optimizers: weakref.WeakKeyDictionary[ShardGroup, weakref.ref[ShardedOptimizer]
     weakref.WeakKeyDictionary()
 )
 
+_frozen: weakref.WeakKeyDictionary[ShardGroup, frozenset[int]] = weakref.WeakKeyDictionary()
+"""Parameters of each group that were frozen when the optimizer was made."""
+
 
 def note_optimizer(optimizer: ShardedOptimizer) -> None:
     """Remember which optimizer steps which groups."""
     for piece in optimizer.pieces:
         _optimizers[piece.group] = weakref.ref(optimizer)
+        _frozen[piece.group] = frozenset(range(len(piece.group.registrations))) - piece.group.trainable
 
 
 def _piece(home: ParameterHome) -> tuple[ShardedOptimizer, Piece] | None:
@@ -38,10 +42,9 @@ def _piece(home: ParameterHome) -> tuple[ShardedOptimizer, Piece] | None:
     return None
 
 
-def _stepped(home: ParameterHome) -> bool:
-    """Whether the optimizer has updated this parameter."""
-    found = _piece(home)
-    return found is not None and bool(found[0].state.get(found[1].param))
+def _untrained(param: nn.Parameter, home: ParameterHome) -> bool:
+    """Whether the parameter was frozen when its optimizer was made, and still is: DeepSpeed keeps nothing for it."""
+    return not param.requires_grad and (_piece(home) is None or home.index in _frozen.get(home.group, ()))
 
 
 # parts ------------------------------------------------------------------------------------------------------
@@ -51,7 +54,7 @@ def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
     """This rank's part of the fp32 master weight, 1-D: the memory itself, or a copy if it rests on a tier. `None` for
     what was never trained."""
     home = home_of(param)
-    if home is None or (not param.requires_grad and not _stepped(home)):
+    if home is None or _untrained(param, home):
         return None
     with home.group.in_memory(WEIGHTS, changed=False):
         return _lasting(home.local(home.group.buffer.shard), home.group.resting is not None)
@@ -71,7 +74,7 @@ def safe_get_local_grad(param: nn.Parameter) -> torch.Tensor | None:
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
     """This rank's part of an optimizer state such as `exp_avg`; `None` before the first step."""
     home = home_of(param)
-    found = None if home is None else _piece(home)
+    found = None if home is None or _untrained(param, home) else _piece(home)
     if found is None:
         return None
     optimizer, piece = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unishard.deepspeed.parts.builder_names import BUILDER_NAMES, KERNEL_OF
+from unishard.deepspeed.parts.builder_names import BUILDER_NAMES, KERNEL_OF, THROUGH_CONFIGURATION
 from unishard.errors import UnsupportedError
 
 
@@ -18,13 +18,18 @@ class OpBuilder:
 
     def is_compatible(self, verbose: bool = False) -> bool:
         """Whether the operation runs here."""
-        return type(self).__name__ in KERNEL_OF
+        return type(self).__name__ in (*KERNEL_OF, *THROUGH_CONFIGURATION)
 
     def load(self, verbose: bool = False) -> Any:
         """The module with the operation's functions: unishard's kernels, which are called through optimizers."""
         if not self.is_compatible():
             raise UnsupportedError(
                 f"{type(self).__name__}.load(): this operation is not available in unishard"
+            )
+        if type(self).__name__ in THROUGH_CONFIGURATION:
+            raise UnsupportedError(
+                f"{type(self).__name__}.load(): there is no module to call; offload_param and offload_optimizer with "
+                '"device": "nvme" read and write asynchronously by themselves'
             )
         import unishard.kernels
 
@@ -37,7 +42,7 @@ class OpBuilder:
 
 def _name(builder: str) -> str:
     words = "".join(f"_{c.lower()}" if c.isupper() else c for c in builder.removesuffix("Builder"))
-    return words.lstrip("_").replace("c_p_u_", "cpu_")
+    return words.lstrip("_").replace("c_p_u_", "cpu_").replace("_i_o", "_io")
 
 
 BUILDERS: dict[str, type[OpBuilder]] = {

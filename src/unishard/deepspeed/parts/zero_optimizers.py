@@ -81,9 +81,14 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         """Nothing is registered anywhere that would need removing."""
 
     def _reduced(self, group: int) -> list[torch.Tensor]:
-        """This rank's parts of the reduced gradients of one parameter group, loss scale included; zeros where none."""
+        """This rank's parts of the reduced gradients of one group's trained parameters; zeros where there is none.
+
+        The loss scale is still in them.
+        """
         found = []
         for piece in self.members[group]:
+            if piece.index not in piece.group.trainable:
+                continue
             gradients = piece.group.gradients.shard
             if gradients is None:
                 found.append(torch.zeros_like(piece.param.detach()))

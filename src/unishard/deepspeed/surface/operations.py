@@ -25,7 +25,7 @@ OPERATIONS: dict[str, Names] = {
     "ops.adagrad.cpu_adagrad": {**part("optimizers", "DeepSpeedCPUAdagrad")},
     "ops.lamb": {**absent(WHOLE, "FusedLamb")},
     "ops.lamb.fused_lamb": {**absent(WHOLE, "FusedLamb")},
-    "ops.aio": {**absent(OFFLOAD, "AsyncIOBuilder")},
+    "ops.aio": {**part("op_builders", "AsyncIOBuilder")},
     "ops.op_builder": _BUILDERS,
     "ops.op_builder.builder": {**part("op_builders", "OpBuilder")},
     "ops.op_builder.all_ops": {**part("op_builders", "ALL_OPS")},
