@@ -34,7 +34,8 @@ def seen(out: Path, method: str, stages: tuple[str, ...]) -> dict[str, dict[str,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ZeRO-3, 2 ranks" in done.stdout
     return {
-        name: json.loads((out / f"{method}-{name}.json").read_text()) for name in ("plain", "zero2", "zero3")
+        name: json.loads((out / f"{method}-{name}.json").read_text())
+        for name in ("plain", *(f"zero{stage}" for stage in stages))
     }
 
 
