@@ -21,7 +21,6 @@ from torch.optim.optimizer import (
 from torch.utils import _pytree as pytree
 
 from unishard.errors import StateError
-from unishard.sharding.gather import gather
 from unishard.sharding.group import ShardGroup
 from unishard.sharding.parameter import is_dtensor
 from unishard.sharding.precision import cast_floating
@@ -286,6 +285,8 @@ class _SingleHooks:
         ]
 
     def _before(self, *args: Any) -> None:
+        from unishard.sharding.gather import gather
+
         found = [(param, single_of(param)) for param in self._params]
         self._open.append(ExitStack())
         self._open[-1].enter_context(

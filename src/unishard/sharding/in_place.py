@@ -17,7 +17,6 @@ from unishard.sharding.hooks import StrayCallHooks
 from unishard.sharding.init import ParamInit, fill_module, materialize, require_initializable
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.unit import ShardUnit, forget_unit, units_under
-from unishard.sharding.whole_state import ParameterHome, whole_state
 from unishard.sharding.wrap import ChosenUnit, assign_parameters, choose_modules
 
 
@@ -92,6 +91,8 @@ def restore_in_place(model: nn.Module) -> None:
     Whatever was built over the shards (an engine, an optimizer) is of no use afterwards. All ranks call together.
     Raises `ShardingError` for a model that `fully_shard` sharded.
     """
+    from unishard.sharding.whole_state import ParameterHome, whole_state
+
     for unit in list(units_under(model)):
         for group in unit.groups:
             if not all(registration.in_place for registration in group.registrations):
