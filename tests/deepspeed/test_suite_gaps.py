@@ -201,6 +201,10 @@ def _a_constructor_may_gather_what_it_built() -> None:
         holder = Holder()
     with deepspeed.zero.GatheredParameters(holder.inner.weight):
         assert torch.equal(holder.inner.weight, torch.full((3, 4), 5.0))
+    with deepspeed.zero.Init():
+        engine_of(nn.Linear(4, 2), 3)
+        later = nn.Linear(4, 2)
+    assert hasattr(later.weight, "ds_id")
     holder.inner.weight.all_gather()
     holder.inner.weight.partition(free_data=False)
     assert holder.inner.weight.numel() == 12
