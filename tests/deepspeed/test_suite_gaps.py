@@ -246,6 +246,7 @@ class Counting(torch.optim.SGD):
             for param in group["params"]:
                 if param.grad is not None:
                     self.state[param].setdefault("count", torch.zeros(1)).add_(1)
+                    self.state[param]["plain"] = self.state[param].get("plain", 0) + 1
         return super().step(closure)
 
 
@@ -266,6 +267,7 @@ def _state_of_one_element_comes_back(folder: str) -> None:
     loaded.load_checkpoint(folder)
     for found in loaded.optimizer.optimizer.state.values():
         assert torch.equal(found["count"], torch.tensor([3.0]))
+        assert found["plain"] == 3
 
 
 def _universal(folder: str) -> None:
