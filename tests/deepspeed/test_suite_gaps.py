@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import unishard.deepspeed as deepspeed
 from unishard.deepspeed.parts import schedules
 from unishard.deepspeed.parts.accelerator import CPU_Accelerator
 from unishard.deepspeed.parts.config_models import DeepSpeedFP16Config
@@ -19,16 +19,18 @@ from unishard.deepspeed.parts.configuration import DeepSpeedConfigError, with_de
 from unishard.deepspeed.parts.optimizers import FusedAdam
 from unishard.deepspeed.parts.universal import main as to_universal
 
+deepspeed: Any = importlib.import_module("unishard.deepspeed")
+
 WIDTH = 6
 
 
-def net() -> nn.Module:
+def net() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
 
 
 def engine_of(model: nn.Module, stage: int = 0, **more: Any) -> Any:
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
         "zero_optimization": {"stage": stage},
@@ -313,3 +315,25 @@ def test_state_of_one_element_comes_back(ranks, tmp_path):
 
 def test_universal_checkpoints(ranks, tmp_path):
     ranks(_universal, str(tmp_path))
+
+
+def _states_on_disk_are_read_and_written(folder: str) -> None:
+    model = net()
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": folder}}
+    engine = engine_of(model, zero_optimization=offload)
+    train(engine)
+    utils, param = deepspeed.utils, model[0].weight
+    wanted = torch.arange(float(WIDTH * WIDTH)).view(WIDTH, WIDTH)
+    utils.safe_set_full_fp32_param(param, wanted)
+    utils.safe_set_full_optimizer_state(param, wanted * 2, "exp_avg")
+    assert torch.equal(utils.safe_get_full_fp32_param(param), wanted)
+    assert torch.equal(utils.safe_get_full_optimizer_state(param, "exp_avg"), wanted * 2)
+    local = utils.safe_get_local_fp32_param(param)
+    utils.safe_set_local_fp32_param(param, local + 1)
+    assert torch.equal(utils.safe_get_full_fp32_param(param), wanted + 1)
+    with deepspeed.zero.GatheredParameters(param):
+        assert torch.equal(param, wanted + 1)
+
+
+def test_states_on_disk_are_read_and_written(ranks, tmp_path):
+    ranks(_states_on_disk_are_read_and_written, str(tmp_path))

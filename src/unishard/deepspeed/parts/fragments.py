@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,28 @@ def _untrained(param: nn.Parameter, home: ParameterHome) -> bool:
     return not param.requires_grad and (_piece(home) is None or home.index in _frozen.get(home.group, ()))
 
 
+def _home(piece: Piece) -> ParameterHome:
+    return ParameterHome(piece.group, piece.index)
+
+
+def _opened(home: ParameterHome, *, changed: bool) -> AbstractContextManager[None]:
+    """The group's weights and state are in memory inside, wherever they rest."""
+    ref = _optimizers.get(home.group)
+    optimizer = None if ref is None else ref()
+    if home.group.resting is None:
+        return nullcontext()
+    return (
+        home.group.in_memory(changed=changed)
+        if optimizer is None
+        else optimizer.shown(home.group, changed=changed)
+    )
+
+
+def _kept(home: ParameterHome, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy where its memory goes away."""
+    return tensor if home.group.resting is None else tensor.clone()
+
+
 # parts ------------------------------------------------------------------------------------------------------
 
 
@@ -54,7 +77,8 @@ def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
     home = home_of(param)
     if home is None or _untrained(param, home):
         return None
-    return home.local(home.group.buffer.shard)
+    with _opened(home, changed=False):
+        return _kept(home, home.local(home.group.buffer.shard))
 
 
 def safe_get_local_grad(param: nn.Parameter) -> torch.Tensor | None:
@@ -71,9 +95,14 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
     found = None if home is None or _untrained(param, home) else _piece(home)
     if found is None:
         return None
-    optimizer, piece = found
+    with _opened(_home(found[1]), changed=False):
+        return _local_state(*found, optim_state_key)
+
+
+def _local_state(optimizer: ShardedOptimizer, piece: Piece, optim_state_key: str) -> torch.Tensor | None:
     if piece.param.numel():
-        return optimizer.state.get(piece.param, {}).get(optim_state_key)
+        value = optimizer.state.get(piece.param, {}).get(optim_state_key)
+        return _kept(_home(piece), value) if isinstance(value, torch.Tensor) else value
     # No part of this parameter is here; an empty one, where the optimizer keeps such a value for each element.
     others = (optimizer.state.get(p.param, {}).get(optim_state_key) for p in optimizer.pieces)
     kept = next((value for value in others if isinstance(value, torch.Tensor)), None)
@@ -83,8 +112,9 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
 def safe_set_local_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
     """Write this rank's part of the master weight; the compute weight follows. All ranks call together."""
     home = _require(param)
-    with torch.no_grad():
+    with torch.no_grad(), _opened(home, changed=True):
         home.local(home.group.buffer.shard).copy_(value.reshape(-1))
+        home.group.buffer.carry_over()
     _publish(home)
 
 
@@ -98,9 +128,12 @@ def safe_set_local_grad(param: nn.Parameter, value: torch.Tensor) -> None:
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
     """Write this rank's part of an optimizer state."""
-    state = safe_get_local_optimizer_state(param, optim_state_key)
-    if state is not None:
-        with torch.no_grad():
+    found = _piece(_require(param))
+    if found is None:
+        return
+    with torch.no_grad(), _opened(_home(found[1]), changed=True):
+        state = found[0].state.get(found[1].param, {}).get(optim_state_key)
+        if isinstance(state, torch.Tensor):
             state.copy_(value.reshape(state.shape))
 
 
@@ -149,7 +182,9 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 def safe_set_full_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
     """Write the master weight, the same value on every rank; the compute weight follows."""
     home = _require(param)
-    write_state(home, home.local(home.group.buffer.shard), value)
+    with _opened(home, changed=True):
+        write_state(home, home.local(home.group.buffer.shard), value)
+        home.group.buffer.carry_over()
     _publish(home)
 
 
@@ -163,9 +198,13 @@ def safe_set_full_grad(param: nn.Parameter, value: torch.Tensor) -> None:
 def safe_set_full_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
     """Write an optimizer state, the same value on every rank."""
     home = _require(param)
-    local = safe_get_local_optimizer_state(param, optim_state_key)
-    if local is not None:
-        write_state(home, local, value)
+    found = _piece(home)
+    if found is None:
+        return
+    with _opened(home, changed=True):
+        local = found[0].state.get(found[1].param, {}).get(optim_state_key)
+        if isinstance(local, torch.Tensor):
+            write_state(home, local, value)
 
 
 def safe_update_full_grad_vectorized(
