@@ -337,3 +337,18 @@ def _states_on_disk_are_read_and_written(folder: str) -> None:
 
 def test_states_on_disk_are_read_and_written(ranks, tmp_path):
     ranks(_states_on_disk_are_read_and_written, str(tmp_path))
+
+
+def _bf16_steps_that_overflow_are_skipped_on_request() -> None:
+    model = net()
+    engine = engine_of(model, 2, bf16={"enabled": True, "check_grad_overflow": True})
+    before = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    engine(torch.full((2, WIDTH), float("inf"))).sum().backward()
+    engine.step()
+    assert engine.skipped_steps == 1
+    for name, value in engine.module_state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_bf16_steps_that_overflow_are_skipped_on_request(ranks):
+    ranks(_bf16_steps_that_overflow_are_skipped_on_request)
