@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import unishard.deepspeed as deepspeed
 from unishard.deepspeed.parts import schedules
 from unishard.deepspeed.parts.accelerator import CPU_Accelerator
 from unishard.deepspeed.parts.config_models import DeepSpeedFP16Config
@@ -19,16 +19,18 @@ from unishard.deepspeed.parts.configuration import DeepSpeedConfigError, with_de
 from unishard.deepspeed.parts.optimizers import FusedAdam
 from unishard.deepspeed.parts.universal import main as to_universal
 
+deepspeed: Any = importlib.import_module("unishard.deepspeed")
+
 WIDTH = 6
 
 
-def net() -> nn.Module:
+def net() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
 
 
 def engine_of(model: nn.Module, stage: int = 0, **more: Any) -> Any:
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
         "zero_optimization": {"stage": stage},
@@ -201,6 +203,10 @@ def _a_constructor_may_gather_what_it_built() -> None:
         holder = Holder()
     with deepspeed.zero.GatheredParameters(holder.inner.weight):
         assert torch.equal(holder.inner.weight, torch.full((3, 4), 5.0))
+    with deepspeed.zero.Init():
+        engine_of(nn.Linear(4, 2), 3)
+        later = nn.Linear(4, 2)
+    assert hasattr(later.weight, "ds_id")
     holder.inner.weight.all_gather()
     holder.inner.weight.partition(free_data=False)
     assert holder.inner.weight.numel() == 12
@@ -242,6 +248,7 @@ class Counting(torch.optim.SGD):
             for param in group["params"]:
                 if param.grad is not None:
                     self.state[param].setdefault("count", torch.zeros(1)).add_(1)
+                    self.state[param]["plain"] = self.state[param].get("plain", 0) + 1
         return super().step(closure)
 
 
@@ -262,6 +269,7 @@ def _state_of_one_element_comes_back(folder: str) -> None:
     loaded.load_checkpoint(folder)
     for found in loaded.optimizer.optimizer.state.values():
         assert torch.equal(found["count"], torch.tensor([3.0]))
+        assert found["plain"] == 3
 
 
 def _universal(folder: str) -> None:
@@ -307,3 +315,40 @@ def test_state_of_one_element_comes_back(ranks, tmp_path):
 
 def test_universal_checkpoints(ranks, tmp_path):
     ranks(_universal, str(tmp_path))
+
+
+def _states_on_disk_are_read_and_written(folder: str) -> None:
+    model = net()
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": folder}}
+    engine = engine_of(model, zero_optimization=offload)
+    train(engine)
+    utils, param = deepspeed.utils, model[0].weight
+    wanted = torch.arange(float(WIDTH * WIDTH)).view(WIDTH, WIDTH)
+    utils.safe_set_full_fp32_param(param, wanted)
+    utils.safe_set_full_optimizer_state(param, wanted * 2, "exp_avg")
+    assert torch.equal(utils.safe_get_full_fp32_param(param), wanted)
+    assert torch.equal(utils.safe_get_full_optimizer_state(param, "exp_avg"), wanted * 2)
+    local = utils.safe_get_local_fp32_param(param)
+    utils.safe_set_local_fp32_param(param, local + 1)
+    assert torch.equal(utils.safe_get_full_fp32_param(param), wanted + 1)
+    with deepspeed.zero.GatheredParameters(param):
+        assert torch.equal(param, wanted + 1)
+
+
+def test_states_on_disk_are_read_and_written(ranks, tmp_path):
+    ranks(_states_on_disk_are_read_and_written, str(tmp_path))
+
+
+def _bf16_steps_that_overflow_are_skipped_on_request() -> None:
+    model = net()
+    engine = engine_of(model, 2, bf16={"enabled": True, "check_grad_overflow": True})
+    before = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    engine(torch.full((2, WIDTH), float("inf"))).sum().backward()
+    engine.step()
+    assert engine.skipped_steps == 1
+    for name, value in engine.module_state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_bf16_steps_that_overflow_are_skipped_on_request(ranks):
+    ranks(_bf16_steps_that_overflow_are_skipped_on_request)

@@ -281,3 +281,14 @@ def optimizer_entries(catalog: Catalog, optimizer: ShardedOptimizer, module: nn.
             slot = optimizer.state_slot(piece, kind, info.dtype, None if by_element else tuple(info.shape))
             _add_state(contents, key, piece, slot)
     return list(contents.entries.values())
+
+
+def put_plain_state(optimizer: ShardedOptimizer, module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give the optimizer back its state that is not tensors; keys are a parameter's name, a dot, and the kind."""
+    names = Names(module)
+    pieces = {names.of(piece.group, piece.index): piece for piece in optimizer.pieces}
+    for key, value in values.items():
+        name, _, kind = key.rpartition(".")
+        piece = pieces.get(name)
+        if piece is not None and piece.param.numel():
+            optimizer.inner.state[piece.param][kind] = value

@@ -52,7 +52,7 @@ class BF16(Section):
     immediate_grad_update: Annotated[
         bool, Translated("each gradient is added to its accumulator as soon as backward produces it")
     ] = False
-    check_grad_overflow: Annotated[bool | None, _NO_OVERFLOW_SKIP] = None
+    check_grad_overflow: Annotated[bool | None, Honoured()] = None
     check_overflow: Annotated[bool | None, _NO_OVERFLOW_SKIP] = None
     bf16_master_weights_and_grads: Annotated[bool, _FP32_MASTERS] = False
     bf16_optimizer_states: Annotated[bool, _FP32_MASTERS] = False

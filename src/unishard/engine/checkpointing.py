@@ -32,6 +32,7 @@ from unishard.checkpoint.training import (
     optimizer_entries,
     optimizer_parts,
     persistent_buffers,
+    put_plain_state,
 )
 from unishard.engine.sampling import PositionedSampler
 from unishard.errors import CheckpointError
@@ -125,6 +126,8 @@ class Checkpoints:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.queue = SaveQueue()
+        self._plain_state: dict[str, Any] = {}
+        """Of the checkpoint that is being loaded: the optimizer's state that is not tensors."""
         self._signalled: int | None = None
         self._on_signal: tuple[Path, int | None] | None = None
 
@@ -291,6 +294,7 @@ class Checkpoints:
                 options.setdefault(int(position), {})[option] = reader.blob(f"{GROUPS}.{key}")
             for stored in options.values():
                 stored["params"] = [first.get(name, name) for name in stored.get("params", ())]
+            self._plain_state = {key: reader.blob(f"{STATE}.{key}") for key in keys_of(STATE, catalog.blobs)}
 
         read_entries(path, catalog, (), meeting, then=read)
         if optimizer is None:
@@ -321,6 +325,7 @@ class Checkpoints:
         optimizer = engine.optimizer
         if optimizer is not None and options:
             optimizer.take_over(options)
+            put_plain_state(optimizer, engine.module, self._plain_state)
         if module_only or saved is None:
             return
         engine.global_steps, engine.micro_steps = saved["global_steps"], saved["micro_steps"]

@@ -192,7 +192,8 @@ class Engine(SaveLoad):
         if not self.is_gradient_accumulation_boundary():
             self._micro += 1
             return
-        if optimizer.skips_overflow and not self._scaled and self._has_gradients():
+        unscaled = optimizer.loss_scale != 1.0 and not self._scaled
+        if optimizer.skips_overflow and unscaled and self._has_gradients():
             raise StateError(
                 "fp16 gradients were computed without the loss scale; call engine.backward(loss), or "
                 "engine.scale(loss).backward()"

@@ -280,7 +280,7 @@ def _optimizer(
         _loss_scale(rc),
         UpdateRules(max_norm=rc.gradient_clipping, defer_gather=rc.overlap_param_gather),
     )
-    wrapped.skips_overflow = bool(rc.fp16.enabled)
+    wrapped.skips_overflow = bool(rc.fp16.enabled or (rc.bf16.enabled and rc.bf16.check_grad_overflow))
     return wrapped
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from unishard.deepspeed.parts.checkpoint_names import (
 from unishard.deepspeed.parts.configuration import ConfigView
 from unishard.deepspeed.parts.data import DataIO
 from unishard.deepspeed.parts.fragments import note_optimizer
+from unishard.deepspeed.parts.logs import logger
 from unishard.deepspeed.parts.misuse import EmptyStateNote, compare_batch
 from unishard.deepspeed.parts.timers import ThroughputTimer
 from unishard.engine.engine import Engine
@@ -267,6 +270,13 @@ class DeepSpeedEngine(DataIO, Engine):
         )
 
     _get_optimizer_ckpt_name = _get_zero_ckpt_name
+
+    def _change_recovery_script_permissions(self, dst: str) -> None:
+        """Let `dst`, a `zero_to_fp32.py` beside a checkpoint, be executed; where that cannot be, say so."""
+        try:
+            os.chmod(dst, os.stat(dst).st_mode | stat.S_IEXEC)
+        except OSError as error:
+            logger.info("unishard: %s is not made executable: %s", dst, error)
 
     # accessors that are more than a configuration value -------------------------------------------------------
 

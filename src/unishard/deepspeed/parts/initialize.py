@@ -21,6 +21,7 @@ from unishard.deepspeed.parts.data import DeepSpeedDataLoader
 from unishard.deepspeed.parts.engine import DeepSpeedEngine
 from unishard.deepspeed.parts.parameters import show_zero_attributes
 from unishard.deepspeed.parts.schedules import SCHEDULES
+from unishard.deepspeed.parts.zero_init import restore_init_context, shutdown_init_context
 from unishard.deepspeed.parts.zero_optimizers import optimizer_class
 from unishard.engine.initialize import Makers
 from unishard.engine.initialize import initialize as build
@@ -68,9 +69,11 @@ def initialize(
     if dist_init_required is not False:
         init_distributed(distributed_port=distributed_port)
     show_zero_attributes()
-    # As in DeepSpeed, a model may be given again, to another engine; the earlier one is of no use then.
-    restore_in_place(model)
+    # What is built from here on is not the user's model, even inside `zero.Init`.
+    shutdown_init_context()
     try:
+        # As in DeepSpeed, a model may be given again, to another engine; the earlier one is of no use then.
+        restore_in_place(model)
         built = build(
             model=model,
             optimizer=optimizer,
@@ -85,6 +88,8 @@ def initialize(
         )
     except (ConfigError, UnsupportedError) as error:
         raise DeepSpeedConfigError(str(error)) from error
+    finally:
+        restore_init_context()
     engine: Any = built.engine
     resolved: ResolvedConfig = engine.config
     engine.complete(ConfigView(raw, resolved), args, collate_fn, client=optimizer)

@@ -409,3 +409,16 @@ def count_used_parameters_in_backward(parameters: Sequence[Tensor]) -> int:
     with torch.enable_grad():
         nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters if p.requires_grad]
     return sum(torch._C._will_engine_execute_node(node) for node in nodes)
+
+
+def split_half_float_double(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Dense fp16, fp32, fp64 and bf16 tensors by dtype, in this order; dtypes that do not occur are left out.
+
+    >>> [len(same) for same in split_half_float_double([torch.ones(1), torch.ones(1).bfloat16(), torch.ones(2)])]
+    [2, 1]
+    """
+    dense = [t for t in tensors if t.layout is torch.strided]
+    by_dtype = [
+        [t for t in dense if t.dtype == d] for d in (torch.half, torch.float, torch.double, torch.bfloat16)
+    ]
+    return [same for same in by_dtype if same]

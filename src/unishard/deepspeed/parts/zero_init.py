@@ -109,8 +109,9 @@ class Init(AbstractContextManager["Init"]):
 def shutdown_init_context() -> None:
     """Leave the running `zero.Init`, so that modules built from now on are ordinary."""
     if _active:
-        _paused.append(_active[-1])
-        _active[-1]._end()
+        # Of nested ones the outermost holds the context.
+        _paused.append(_active[0])
+        _active[0]._end()
 
 
 def restore_init_context() -> None:

@@ -97,7 +97,11 @@ ZERO: dict[str, Names] = {
     },
     "runtime.zero.tiling": _TILING,
     "runtime.zero.linear": {**part("tiling", "LinearModuleForZeroStage3", "zero3_linear_wrap")},
-    "runtime.zero.stage_1_and_2": {**part("zero_optimizers", "DeepSpeedZeroOptimizer"), **_ESTIMATES},
+    "runtime.zero.stage_1_and_2": {
+        **part("zero_optimizers", "DeepSpeedZeroOptimizer"),
+        **part("numerics", "split_half_float_double"),
+        **_ESTIMATES,
+    },
     "runtime.zero.stage3": {
         **part("zero_optimizers", "DeepSpeedZeroOptimizer_Stage3"),
         **part("generation", "unwrap_model_for_generation"),
