@@ -156,6 +156,11 @@ class _Session:
             window.leave_all()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if "torch.distributed.tensor" in sys.modules:
+            # What DTensor remembers of an operation holds its mesh, and with that names of groups that are gone.
+            from torch.distributed.tensor import debug
+
+            getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
 
 
 class _ValuePickler(pickle.Pickler):
