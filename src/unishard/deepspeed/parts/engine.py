@@ -114,8 +114,7 @@ class DeepSpeedEngine(DataIO, Engine):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         if not self._syncs:
             raise EngineMisuseError(
-                "It is illegal to call Engine.step() inside no_sync context manager: gradients have not met; leave the "
-                "context first"
+                "step() inside no_sync(): gradients have not met; leave the context first"
             )
         if not self._has_gradients():
             self._take_assigned()
@@ -150,7 +149,7 @@ class DeepSpeedEngine(DataIO, Engine):
         """As `unishard.Engine.no_sync`; inside another one it raises, as DeepSpeed's does."""
         if not self._syncs:
             raise EngineMisuseError(
-                "no_sync context manager reentry is unsupported: gradients stay local already; leave the inner one out"
+                "no_sync() inside no_sync(): gradients stay local already; leave the inner one out"
             )
         with super().no_sync():
             yield
@@ -260,11 +259,11 @@ class DeepSpeedEngine(DataIO, Engine):
         return path, client_state
 
     def _get_ckpt_name(self, checkpoints_path: str, tag: str, mp_placeholder: str | None = None) -> str:
-        """Where DeepSpeed would keep the module states, and `unishard convert` puts them."""
+        """Where DeepSpeed would keep the module states. Checkpoints of this engine have other files."""
         return get_model_ckpt_name_for_rank(str(Path(checkpoints_path, str(tag))), mp_placeholder or "00")
 
     def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str:
-        """Where DeepSpeed would keep this rank's optimizer states, and `unishard convert` puts them."""
+        """Where DeepSpeed would keep this rank's optimizer states. Checkpoints of this engine have other files."""
         return get_zero_ckpt_name_for_rank(
             str(Path(checkpoints_path, str(tag))), self.get_data_parallel_rank(), 0
         )
