@@ -126,8 +126,6 @@ class Checkpoints:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.queue = SaveQueue()
-        self._plain_state: dict[str, Any] = {}
-        """Of the checkpoint that is being loaded: the optimizer's state that is not tensors."""
         self._signalled: int | None = None
         self._on_signal: tuple[Path, int | None] | None = None
 
@@ -294,7 +292,6 @@ class Checkpoints:
                 options.setdefault(int(position), {})[option] = reader.blob(f"{GROUPS}.{key}")
             for stored in options.values():
                 stored["params"] = [first.get(name, name) for name in stored.get("params", ())]
-            self._plain_state = {key: reader.blob(f"{STATE}.{key}") for key in keys_of(STATE, catalog.blobs)}
 
         read_entries(path, catalog, (), meeting, then=read)
         if optimizer is None:
@@ -325,7 +322,9 @@ class Checkpoints:
         optimizer = engine.optimizer
         if optimizer is not None and options:
             optimizer.take_over(options)
-            put_plain_state(optimizer, engine.module, self._plain_state)
+            put_plain_state(
+                optimizer, engine.module, {key: state[f"{STATE}.{key}"] for key in keys_of(STATE, state)}
+            )
         if module_only or saved is None:
             return
         engine.global_steps, engine.micro_steps = saved["global_steps"], saved["micro_steps"]
@@ -377,9 +376,11 @@ class Checkpoints:
 
 
 def _values(reader: Reader, catalog: Catalog) -> dict[str, Any]:
-    """This rank's values; absent ones are left out (checkpoints of other origin, other numbers of ranks)."""
+    """This rank's values, and what of the optimizer's state is not tensors; absent ones are left out (checkpoints of
+    other origin, other numbers of ranks)."""
     trust = os.environ.get(TRUST) == "1"
-    wanted = (ENGINE, CLIENT, f"{RANDOM}.{world().rank}")
+    plain = [f"{STATE}.{key}" for key in keys_of(STATE, catalog.blobs)]
+    wanted = (ENGINE, CLIENT, f"{RANDOM}.{world().rank}", *plain)
     return {key: reader.blob(key, trust=trust) for key in wanted if key in catalog.blobs}
 
 
