@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unishard.checkpoint.boxes import Box, boxes_of_run, split_rows, whole
-from unishard.sharding.parameter import is_dtensor
+from unishard.sharding.parameter import is_dtensor, place_of
 
 _ALIGNED = 64  # bytes, for whole cache lines
 
@@ -183,11 +183,6 @@ class _Placed:
         self.resting.settle()
 
 
-def _rests(value: Any) -> bool:
-    place = getattr(value, "place", None)
-    return place is not None and place.rests
-
-
 def _distributed(key: str, value: Any, local: torch.Tensor | None = None) -> Entry:
     """A DTensor; with `local`, that in the place of its own part."""
     from torch.distributed.tensor import Replicate
@@ -196,9 +191,10 @@ def _distributed(key: str, value: Any, local: torch.Tensor | None = None) -> Ent
     mesh, placements = value.device_mesh, value.placements
     sizes, offsets = compute_local_shape_and_global_offset(value.shape, mesh, placements)
     box = Box(tuple(offsets), tuple(sizes))
-    if local is None and _rests(value):
+    place = place_of(value)
+    if local is None and place is not None and place.rests:
         entry = _distributed(key, value, torch.empty(box.sizes, dtype=value.dtype, device="meta"))
-        entry.away = Away(_Placed(value.place.resting), lambda: _distributed(key, value, value.place.local()))
+        entry.away = Away(_Placed(place.resting), lambda: _distributed(key, value, place.local()))
         return entry
     here: torch.Tensor = value.to_local().detach() if local is None else local
     held = [Part(box, here)] if box.numel and mesh.get_coordinate() is not None else []

@@ -11,7 +11,7 @@ import torch
 from unishard.errors import NonFiniteError, ShardingError
 from unishard.kernels import join_powers, power_sum
 from unishard.sharding.group import ShardGroup
-from unishard.sharding.parameter import is_dtensor
+from unishard.sharding.parameter import is_dtensor, place_of
 
 
 def check_norm_type(norm_type: float) -> float:
@@ -92,8 +92,8 @@ def clip_grad_norm_(
             f"the gradient norm is {norm.item()}; it cannot be clipped. Pass error_if_nonfinite=False to scale anyway"
         )
     factor = (float(max_norm) / (norm + 1e-6)).clamp(max=1.0)
-    local = [_local(g) for g in grads if not _rests(g)]
-    for grad in filter(_rests, grads):
+    local = [_local(g) for g in grads if place_of(g) is None]
+    for grad in filter(place_of, grads):
         grad.mul_(float(factor))
     for device, dtype in {(t.device, t.dtype) for t in local}:
         members = [t for t in local if t.device == device and t.dtype == dtype and t.numel()]
@@ -129,11 +129,6 @@ def _global_norm(grads: Sequence[torch.Tensor], norm_type: float) -> torch.Tenso
     return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
 
 
-def _rests(grad: Any) -> bool:
-    """Whether `grad` is in memory only while it is used."""
-    return hasattr(grad, "place")
-
-
 def _sharded_dims(grad: Any) -> tuple[Any, tuple[int, ...], torch.Tensor]:
     """The mesh dims over which `grad` is split, and this rank's part; partial sums are completed first."""
     if not is_dtensor(grad):
@@ -145,7 +140,7 @@ def _sharded_dims(grad: Any) -> tuple[Any, tuple[int, ...], torch.Tensor]:
             placements=[Replicate() if isinstance(p, Partial) else p for p in grad.placements]
         )
     dims = tuple(i for i, p in enumerate(grad.placements) if not isinstance(p, Replicate))
-    return grad.device_mesh, dims, (grad.seen() if _rests(grad) else grad).to_local()
+    return grad.device_mesh, dims, (grad if place_of(grad) is None else grad.seen()).to_local()
 
 
 def _reduce(part: torch.Tensor, mesh: Any, dims: Sequence[int], norm_type: float) -> torch.Tensor:

@@ -66,6 +66,11 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "_spec") and any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
 
 
+def place_of(tensor: Any) -> Any:
+    """Where a DTensor whose local part rests on a tier has it (`resting_dtensor.Place`); `None` for other tensors."""
+    return getattr(tensor, "place", None)
+
+
 def find_parameters(
     modules: list[nn.Module],
     prefix_of: dict[nn.Module, str],
