@@ -10,7 +10,7 @@ import pytest
 
 from unishard.sharding.placement import PRESETS
 from unishard.testing.models import MODELS
-from unishard.testing.parity import ParityCase, assert_parity
+from unishard.testing.parity import ParityCase, assert_all_parity
 from unishard.testing.transport import through_sockets
 
 FLAT = [name for name, preset in PRESETS.items() if not preset.needs_replicas]
@@ -36,14 +36,7 @@ def cases(preset: str, door: str, thorough: bool) -> Iterator[ParityCase]:
 
 
 def run_cases(preset: str, door: str, thorough: bool) -> None:
-    failures = []
-    for case in cases(preset, door, thorough):
-        try:
-            assert_parity(case)
-        except AssertionError as error:
-            failures.append(str(error))
-    if failures:
-        raise AssertionError(f"{len(failures)} cases differ from one process:\n" + "\n".join(failures))
+    assert_all_parity(cases(preset, door, thorough))
 
 
 @pytest.mark.parametrize("door", ["config", "code"])

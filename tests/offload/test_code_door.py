@@ -20,7 +20,7 @@ from unishard.errors import OffloadError, RankError, ShardingError, StateError, 
 from unishard.sharding.resting import desk, is_absent
 from unishard.sharding.unit import units_under
 from unishard.testing.models import TinyTransformer
-from unishard.testing.parity import ParityCase, assert_parity
+from unishard.testing.parity import ParityCase, assert_all_parity
 from unishard.testing.tiers import LatePolicy
 
 Ranks = Callable[..., Any]
@@ -41,13 +41,7 @@ def cases(preset: str) -> Iterator[ParityCase]:
 
 
 def run_cases(preset: str) -> None:
-    failures = []
-    for case in cases(preset):
-        try:
-            assert_parity(case)
-        except AssertionError as error:
-            failures.append(str(error))
-    assert not failures, "\n".join(failures)
+    assert_all_parity(cases(preset))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from unishard.sharding.placement import PRESETS, Placement
-from unishard.testing.parity import ParityCase, assert_parity
+from unishard.testing.parity import ParityCase, assert_all_parity
 
 Ranks = Callable[..., Any]
 FLAT = [name for name, preset in PRESETS.items() if not preset.needs_replicas]
@@ -36,13 +36,7 @@ def cases(preset: str) -> Iterator[ParityCase]:
 
 
 def run_cases(preset: str) -> None:
-    failures = []
-    for case in cases(preset):
-        try:
-            assert_parity(case)
-        except AssertionError as error:
-            failures.append(str(error))
-    assert not failures, "\n".join(failures)
+    assert_all_parity(cases(preset))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -56,6 +56,18 @@ def batch_for(model: ToyModel, step: int, micro: int, rank: int) -> Batch:
     return model.example_batch(seed=1000 * step + 100 * micro + rank, batch_size=4)
 
 
+def assert_all_parity(cases: Iterable[ParityCase]) -> None:
+    """`assert_parity` of each; raises one `AssertionError` with all that differ."""
+    failures = []
+    for case in cases:
+        try:
+            assert_parity(case)
+        except AssertionError as error:
+            failures.append(str(error))
+    if failures:
+        raise AssertionError(f"{len(failures)} cases differ from one process:\n" + "\n".join(failures))
+
+
 def assert_parity(case: ParityCase) -> None:
     """Train `case` on all ranks and alone, and raise `AssertionError` unless they agree within `BOUNDS`.
 
