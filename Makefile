@@ -48,9 +48,10 @@ test: $(INSTALLED) check ## install if needed, then run every check and the whol
 test-fast: $(INSTALLED) ## the tests that take less than five seconds each
 	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
-soak: $(INSTALLED) ## kill ranks 200 times while they save checkpoints; load every preset's on every number of ranks
-	@UNISHARD_KILLS=200 UNISHARD_ALL_PAIRS=1 $(BIN)/python -m pytest -q \
-		tests/checkpoint/test_kills.py tests/engine/test_checkpoint_matrix.py $(PYTEST_ARGS)
+soak: $(INSTALLED) ## kill ranks 200 times while they save checkpoints; load every preset's on every number of ranks; long runs
+	@UNISHARD_KILLS=200 UNISHARD_ALL_PAIRS=1 UNISHARD_LONG=1 $(BIN)/python -m pytest -q \
+		tests/checkpoint/test_kills.py tests/engine/test_checkpoint_matrix.py tests/offload/test_memory_growth.py \
+		tests/offload/test_beyond_memory.py tests/integrations/test_transformers.py $(PYTEST_ARGS)
 
 check: lint contracts types ## formatting, lint, import contracts and types
 

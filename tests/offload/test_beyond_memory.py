@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "beyond_memory.py"
+CLIPS = [1.0, 0.0] if os.environ.get("UNISHARD_LONG") else [1.0]
+"""Clipping holds all gradients on the tier; `make soak` also updates in the backward, without."""
 LIMITS = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -19,7 +21,7 @@ LIMITS = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
     os.geteuid() != 0 or not os.access(LIMITS.parent, os.W_OK) or not LIMITS.exists(),
     reason="needs root and a memory cgroup (v1)",
 )
-@pytest.mark.parametrize("clip", [0.0, 1.0], ids=["in_backward", "clipped"])
+@pytest.mark.parametrize("clip", CLIPS)
 def test_a_part_of_the_memory_is_enough(clip: float, tmp_path: Path) -> None:
     options = ["--nvme", str(tmp_path), "--width=256", "--depth=32", "--steps=2", "--share=0.25"]
     options.append(f"--clip={clip}")
