@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
@@ -97,6 +98,35 @@ def many_rounds() -> None:
 
 def test_slots_are_reused(ranks: Ranks) -> None:
     ranks(many_rounds, world_size=3)
+
+
+def gather_after(unread: str) -> None:
+    """Gathers that nobody reads, as of an engine that is dropped or idle, and more others than a page has slots."""
+    comm = world()
+    idle = []
+    for _ in range(3):
+        full = torch.zeros(2 * comm.size)
+        full.chunk(comm.size)[comm.rank].fill_(comm.rank + 1)
+        pending = comm.all_gather(full, label="unread")
+        if unread == "idle":
+            idle.append((full, pending))
+    kept = weakref.ref(full)
+    del full, pending
+    for step in range(600):
+        full = torch.full((2 * comm.size,), float(step))
+        comm.all_gather(full, label="x").wait()
+    comm.drain()
+    if unread == "dropped":
+        assert kept() is None, "memory of a dropped gather is kept"
+    for whole, late in idle:
+        late.wait()
+        assert whole.tolist() == [1 + i // 2 for i in range(2 * comm.size)]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("unread", ["dropped", "idle"])
+def test_gathers_that_nobody_reads_stop_nobody(unread: str, ranks: Ranks) -> None:
+    ranks(gather_after, unread, world_size=3, timeout=20)
 
 
 def drains() -> None:

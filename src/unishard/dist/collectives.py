@@ -171,6 +171,11 @@ class Communicator:
         if self.size > 1 and self.window is not None:
             self.window.drain()
 
+    def tidy(self) -> None:
+        """Let go of memory that was shown to peers and that they have read by now. Waits for nobody."""
+        if self.size > 1 and "window" in vars(self) and self.window is not None:
+            self.window.tidy()
+
     # collectives -------------------------------------------------------------------------------------------
 
     def _own_slice(self, full: torch.Tensor) -> torch.Tensor:

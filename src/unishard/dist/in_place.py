@@ -122,10 +122,16 @@ class InPlaceGather:
     """Peers' shards on their way into gathered memory."""
 
     def __init__(self, window: MemoryWindow, parts: Sequence[GatherPart], label: bytes) -> None:
-        self._window: MemoryWindow | None = window
+        self._window: MemoryWindow | None = None
         self._owner = window
         self._parts, self._label = parts, label
-        self._ticket = window.publish([part.source for part in parts], label)
+        # A gather may be left for long, or for good: parameters that nobody uses before they change again.
+        self._ticket = window.publish([part.source for part in parts], label, self.wait)
+        self._window = window
+
+    def __del__(self) -> None:
+        if self._window is not None:
+            self._window.give_up(self._ticket)
 
     def wait(self) -> None:
         window, self._window = self._window, None
@@ -220,12 +226,17 @@ class InPlaceReduce:
     """
 
     def __init__(self, window: MemoryWindow, contributions: Sequence[Contribution], label: bytes) -> None:
-        self._window: MemoryWindow | None = window
+        self._window: MemoryWindow | None = None
         self._owner = window
         self._contributions = contributions
         self._label = label
         published = [tensor for each in contributions for tensor in each.published()]
         self._ticket = window.publish(published, label)
+        self._window = window
+
+    def __del__(self) -> None:
+        if self._window is not None:  # a backward that failed
+            self._window.give_up(self._ticket)
 
     def wait(self) -> None:
         window, self._window = self._window, None

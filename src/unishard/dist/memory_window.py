@@ -108,6 +108,9 @@ class MemoryWindow:
         self._held: dict[int, Any] = {}
         """What published tickets need alive, oldest first."""
         self._finished: set[int] = set()
+        self._readings: dict[int, weakref.WeakMethod[Callable[[], None]]] = {}
+        """What finishes reading a ticket, of those that are in no hurry."""
+        self._given_up: list[int] = []
 
     @staticmethod
     def page_bytes(size: int) -> int:
@@ -115,16 +118,24 @@ class MemoryWindow:
 
     # publishing --------------------------------------------------------------------------------------------
 
-    def publish(self, tensors: Sequence[torch.Tensor | None], label: bytes) -> int:
+    def publish(
+        self,
+        tensors: Sequence[torch.Tensor | None],
+        label: bytes,
+        reading: Callable[[], None] | None = None,
+    ) -> int:
         """Let peers read `tensors` (`None` stands for nothing there) until they have; returns the ticket.
 
-        `label`, at most 112 bytes, must be the same on all ranks.
+        `label`, at most 112 bytes, must be the same on all ranks. `reading`, a method that is not kept alive, reads
+        this ticket from peers, and is called where its place in the page is needed and nobody has called it yet.
         """
+        self._finish_given_up()
         self._reap()
         ticket, self._next = self._next, self._next + 1
         index = ticket % _SLOTS
-        if ticket - _SLOTS in self._held:
-            self.await_readers(ticket - _SLOTS)
+        self._vacate(ticket - _SLOTS)
+        if reading is not None:
+            self._readings[ticket] = weakref.WeakMethod(reading)
         addresses = np.array([0 if t is None else t.data_ptr() for t in tensors], np.uint64)
         self._held[ticket] = (tensors, addresses)
         slot = self._slots[self.rank, index]
@@ -145,12 +156,46 @@ class MemoryWindow:
                 _wake(self._reader_word(owner, index, self.rank))
         self._finished.add(ticket)
 
+    def give_up(self, ticket: int) -> None:
+        """This rank will not read `ticket`. May be called at any time, by a destructor too: peers learn of it later."""
+        self._given_up.append(ticket)
+
+    def _finish_given_up(self) -> None:
+        for _ in range(len(self._given_up)):
+            ticket = self._given_up.pop(0)
+            if all(int(shown) == ticket for shown in self._slots["ticket"][:, ticket % _SLOTS]):
+                self.finish(ticket)
+            else:  # a peer that has not come to it may still wait for what had this place before
+                self._given_up.append(ticket)
+
+    def _vacate(self, ticket: int) -> None:
+        """Make room in the page: all ranks come here at the same operation."""
+        if ticket not in self._held:
+            return
+        known = self._readings.get(ticket)
+        reading = known() if known is not None else None
+        if ticket not in self._finished and reading is not None:
+            reading()
+        elif ticket in self._given_up:
+            self._given_up.remove(ticket)
+            label = bytes(self._slots[self.rank, ticket % _SLOTS]["label"])
+            for peer in range(self.size):
+                self.addresses(peer, ticket, label)
+            self.finish(ticket)
+        self.await_readers(ticket)
+
+    def tidy(self) -> None:
+        """Let go of what peers have read by now."""
+        self._finish_given_up()
+        self._reap()
+
     def drain(self) -> None:
         """Return once peers have read everything published whose own reading this rank has finished.
 
         Tickets that this rank still has to read are left: peers have the same ones open.
         """
         with labelled("unishard::drain"):
+            self._finish_given_up()
             for ticket in sorted(self._finished):
                 self.await_readers(ticket)
             self._reap()
@@ -171,6 +216,7 @@ class MemoryWindow:
     def _forget(self, ticket: int) -> None:
         self._held.pop(ticket, None)
         self._finished.discard(ticket)
+        self._readings.pop(ticket, None)
 
     def await_readers(self, ticket: int) -> None:
         """Return once every peer has read `ticket`, which this rank must have finished."""

@@ -278,6 +278,8 @@ class Engine(SaveLoad):
         self.wait_for_checkpoints()
         for unit in self.schedule.units:
             unit.reshard()
+        for axes in self.schedule.axes:
+            axes.shard.tidy()
 
 
 def module_of(engine: Engine) -> nn.Module:

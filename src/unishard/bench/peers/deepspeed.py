@@ -15,6 +15,18 @@ from unishard.bench.contestant import Contestant, EngineTrainer, Held, Level, op
 from unishard.bench.model import build_model
 from unishard.bench.plan import ADAMW, Plan
 
+
+class DeepSpeedTrainer(EngineTrainer):
+    """DeepSpeed's engine, whose hooks keep it and its tensors alive after `destroy`: they are emptied, or the rounds of
+    a run would add up until the machine has no memory left."""
+
+    def close(self) -> None:
+        held = self.held()
+        super().close()
+        for tensor in (*held.parameters, *held.gradients, *held.optimizer):
+            tensor.data = tensor.new_empty(0)
+
+
 BUCKET = 10_000_000
 """Elements of a reduction or gather: 40 MB in fp32. The default of 500 million is one bucket for these models, which
 leaves nothing to overlap."""
@@ -43,7 +55,7 @@ def config(plan: Plan, stage: int, overlap: bool, offload: Mapping[str, Any] | N
 
 def build(
     plan: Plan, *, stage: int, cpu_adam: bool, overlap: bool, offload: Mapping[str, Any] | None = None
-) -> EngineTrainer:
+) -> DeepSpeedTrainer:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -51,7 +63,7 @@ def build(
     engine: Any = deepspeed.initialize(
         model=model, optimizer=_optimizer(model, cpu_adam), config=config(plan, stage, overlap, offload)
     )[0]
-    return EngineTrainer(engine, engine.optimizer.optimizer, partial(_held, engine))
+    return DeepSpeedTrainer(engine, engine.optimizer.optimizer, partial(_held, engine))
 
 
 def _optimizer(model: torch.nn.Module, cpu_adam: bool) -> torch.optim.Optimizer:
