@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "checksum.h"
+#include "crc32.h"
 #include "operations.h"
 #include "swap.h"
 #include "team.h"
@@ -142,6 +143,8 @@ std::uint64_t checksum_at(Address data, std::size_t bytes) {
     return checksum(reinterpret_cast<const char*>(data), bytes);
 }
 
+std::uint32_t crc32_at(Address data, std::size_t bytes) { return crc32(reinterpret_cast<const char*>(data), bytes); }
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -158,6 +161,8 @@ NB_MODULE(_native, m) {
     m.def("sum_pieces", &sum_into, release);
     m.def("pack", &pack_into, release);
     m.def("checksum", &checksum_at, release);
+    m.def("has_crc32", &has_crc32);
+    m.def("crc32", &crc32_at, release);
     nb::class_<Swap>(m, "Swap")
         .def(nb::init<unsigned, std::size_t>())
         .def("start", &start_transfer, release)

@@ -117,27 +117,28 @@ def read_entries(
     *,
     then: Callable[[Reader], Any] | None = None,
     verify: bool = True,
+    fresh: bool = False,
     progress: Progress = lambda done: None,
 ) -> Any:
     """Fill everything that `entries` hold here; `then` reads more and its result is returned.
 
     All ranks call together, and check everything before any of them changes anything: if a rank finds damage, all raise
-    and all are as they were.
+    and all are as they were. With `verify=False` the caller has checked already; with `fresh` as well, bytes are
+    compared as they come, into memory that the caller drops if this raises.
     """
     wanted = list(entries)
     result = check_entries(folder, catalog, wanted, meeting, then=then) if verify else None
     failure = None
     try:
         with (
-            Reader(folder, catalog, verify=False, progress=progress) as reader,
+            Reader(folder, catalog, verify=fresh, progress=progress) as reader,
             torch.no_grad(),
             closing(in_memory(wanted, changed=True)) as opened,
         ):
+            fill = reader.fill_fresh if fresh else reader.fill
             for entry in opened:
                 for box, tensor in entry.held:
-                    reader.fill(
-                        entry.key, box, tensor.view(box.sizes) if tensor.dim() != len(box.sizes) else tensor
-                    )
+                    fill(entry.key, box, tensor.view(box.sizes) if tensor.dim() != len(box.sizes) else tensor)
             if not verify and then is not None:
                 result = then(reader)
     except Exception as error:

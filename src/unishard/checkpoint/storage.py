@@ -6,7 +6,6 @@ import copy
 import ctypes
 import io
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from unishard.checkpoint.boxes import Box, intersection, row_strides, split_rows
 from unishard.checkpoint.catalog import BLOCK, MANIFEST, Blob, Catalog, Chunk, Known, TensorInfo
 from unishard.checkpoint.commit import is_shard
 from unishard.errors import CheckpointError, CorruptCheckpointError
+from unishard.kernels.crc32 import crc32
 
 _LARGEST_CHUNK = 1 << 30
 _KICK = (
@@ -84,7 +84,7 @@ class RankFile:
         data, checksums = self._position, []
         for start in range(0, len(raw), BLOCK):
             block = raw[start : start + BLOCK]
-            checksums.append(zlib.crc32(block))
+            checksums.append(crc32(block))
             self._write(block)
         self._write(tail)
         return Chunk(box.offsets, box.sizes, self.name, begin, self._position - begin, data, tuple(checksums))
@@ -94,7 +94,7 @@ class RankFile:
         buffer = io.BytesIO()
         torch.save(value, buffer)
         content = buffer.getvalue()
-        self.catalog.blobs[key] = Blob(self.name, self._position, len(content), zlib.crc32(content))
+        self.catalog.blobs[key] = Blob(self.name, self._position, len(content), crc32(content))
         self._write(content)
 
     def _write(self, content: Any) -> None:
@@ -150,7 +150,7 @@ class Reader:
         if isinstance(blob, Known):
             return copy.deepcopy(blob.value)
         content = self._pread(blob.file, blob.offset, blob.length, key)
-        if self._verify and blob.checksum is not None and zlib.crc32(content) != blob.checksum:
+        if self._verify and blob.checksum is not None and crc32(content) != blob.checksum:
             raise self._changed(blob.file, key, blob.offset)
         try:
             return torch.load(io.BytesIO(content), weights_only=not trust)
@@ -181,10 +181,41 @@ class Reader:
                     self._stream(key, info, chunk, shared, shared, view)
                 else:
                     view.copy_(self._shared(key, info, chunk, shared))
-        if not target.is_inference():
-            torch.autograd.graph.increment_version(
-                [target]
-            )  # reading straight into memory does not count as a write
+        _note_written(target)
+
+    def fill_fresh(self, key: str, box: Box, target: torch.Tensor) -> None:
+        """As `fill`, for memory whose values nobody wants if this raises: bytes are read once and compared in place."""
+        info = self._catalog.find(key)
+        if info is None or info.value is not None or not _plain(target, info.dtype):
+            self.fill(key, box, target)
+            return
+        self._require_all(key, info, box)
+        for chunk in info.chunks:
+            shared = intersection(box, chunk.box)
+            if shared is None:
+                continue
+            view = target[within(shared, box)] if box.sizes else target
+            first, last = _span(shared, chunk, info.dtype.itemsize)
+            if chunk.checksums and _row_major(chunk) and last - first == view.nbytes and view.is_contiguous():
+                self._stream_checked(key, info, chunk, first, raw_bytes(view))
+            else:
+                self.fill(key, shared, view)
+        _note_written(target)
+
+    def _stream_checked(
+        self, key: str, info: TensorInfo, chunk: Chunk, first: int, target: memoryview
+    ) -> None:
+        """Fill `target` with a chunk's bytes from `first` on, whole blocks straight into their place."""
+        total, last = chunk.box.numel * info.dtype.itemsize, first + len(target)
+        for block in range(first // BLOCK, -(-last // BLOCK)):
+            start, stop = block * BLOCK, min((block + 1) * BLOCK, total)
+            place = target[max(start, first) - first : min(stop, last) - first]
+            whole_block = len(place) == stop - start
+            content = place if whole_block else self._piece(stop - start)
+            self._compare(key, chunk, block, content)
+            if not whole_block:
+                place[:] = content[max(start, first) - start : min(stop, last) - start]
+            self._progress(len(place))
 
     def check(self, key: str, box: Box) -> None:
         """Raise `CorruptCheckpointError` unless all of `box` is there and its bytes are those that were written.
@@ -196,15 +227,17 @@ class Reader:
             raise CheckpointError(f"{self._folder} holds no tensor {key!r}")
         if info.value is not None:
             return
-        covered = 0
-        for chunk in info.chunks:
+        self._require_all(key, info, box)
+        for chunk in info.chunks if self._verify else ():
             shared = intersection(box, chunk.box)
-            if shared is not None:
-                covered += shared.numel
-                if self._verify and chunk.checksums and _row_major(chunk):
-                    first, last = _span(shared, chunk, info.dtype.itemsize)
-                    for block in range(first // BLOCK, -(-last // BLOCK)):
-                        self._check_block(key, info, chunk, block)
+            if shared is not None and chunk.checksums and _row_major(chunk):
+                first, last = _span(shared, chunk, info.dtype.itemsize)
+                for block in range(first // BLOCK, -(-last // BLOCK)):
+                    self._check_block(key, info, chunk, block)
+
+    def _require_all(self, key: str, info: TensorInfo, box: Box) -> None:
+        shared = [intersection(box, chunk.box) for chunk in info.chunks]
+        covered = sum(part.numel for part in shared if part is not None)
         if covered != box.numel:
             raise CorruptCheckpointError(
                 f"{self._folder}: {key} is there in part only, {covered} of {box.numel} elements of "
@@ -212,16 +245,18 @@ class Reader:
             )
 
     def _check_block(self, key: str, info: TensorInfo, chunk: Chunk, block: int) -> None:
-        data = chunk.data or 0
-        known = (chunk.file, data, block)
-        if known in self._checked:
-            return
-        size = min(BLOCK, chunk.box.numel * info.dtype.itemsize - block * BLOCK)
-        content = self._piece(size)
-        self._read_into(chunk.file, data + block * BLOCK, content, key)
-        if zlib.crc32(content) != chunk.checksums[block]:
-            raise self._changed(chunk.file, key, data + block * BLOCK)
-        self._checked.add(known)
+        known = (chunk.file, chunk.data or 0, block)
+        if known not in self._checked:
+            size = min(BLOCK, chunk.box.numel * info.dtype.itemsize - block * BLOCK)
+            self._compare(key, chunk, block, self._piece(size))
+            self._checked.add(known)
+
+    def _compare(self, key: str, chunk: Chunk, block: int, content: memoryview) -> None:
+        """Read a whole block into `content`. Raises `CorruptCheckpointError` if it is not what was written."""
+        offset = (chunk.data or 0) + block * BLOCK
+        self._read_into(chunk.file, offset, content, key)
+        if crc32(content) != chunk.checksums[block]:
+            raise self._changed(chunk.file, key, offset)
 
     def _piece(self, size: int) -> memoryview:
         """The beginning of the one buffer."""
@@ -239,8 +274,7 @@ class Reader:
         if not needed:
             return
         target = view[within(part, held)] if part.sizes else view
-        plain = target.device.type == "cpu" and target.dtype == info.dtype and target.is_contiguous()
-        if size == needed and plain:
+        if size == needed and _plain(target, info.dtype) and target.is_contiguous():
             self._read_into(chunk.file, data, raw_bytes(target), key)
             self._progress(needed)
         elif size <= _PIECE and (size == needed or part.sizes[-1] * width < _SHORT_RUN):
@@ -275,7 +309,7 @@ class Reader:
         content = self._pread(chunk.file, data + begin, end - begin, key)
         for block in range(begin // BLOCK, -(-end // BLOCK)):
             part = memoryview(content)[block * BLOCK - begin : (block + 1) * BLOCK - begin]
-            if zlib.crc32(part) != chunk.checksums[block]:
+            if crc32(part) != chunk.checksums[block]:
                 raise self._changed(chunk.file, key, data + block * BLOCK)
         return content[start - begin : start - begin + size]
 
@@ -327,6 +361,17 @@ class Reader:
             f"{self._folder / file}: the bytes of {key} near {offset} are not those that were written (checksum); "
             "restore the file, or load another checkpoint"
         )
+
+
+def _plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether bytes of a checkpoint can go where they belong as they are."""
+    return target.device.type == "cpu" and target.dtype == dtype
+
+
+def _note_written(target: torch.Tensor) -> None:
+    """Reading straight into memory does not count as a write by itself."""
+    if not target.is_inference():
+        torch.autograd.graph.increment_version([target])
 
 
 def _row_major(chunk: Chunk) -> bool:

@@ -238,15 +238,25 @@ class Checkpoints:
             options, more = self._optimizer_options(place, catalog, meeting)
             rows += more
         require_match(rows, path, meeting)
-        # Everything that will be read is checked on all ranks first: a damaged checkpoint changes nothing.
+        # Everything that will be read is checked on all ranks first: a damaged checkpoint changes nothing. State that
+        # is not there yet is made, read once, and dropped again if it is damaged.
         module, updater = self._engine.module, self._engine.optimizer if with_optimizer else None
-        parts = entries + (optimizer_parts(catalog, updater, module) if updater is not None else [])
-        state = check_entries(place, catalog, parts, meeting, then=lambda reader: _values(reader, catalog))
-        if updater is not None:
-            entries += optimizer_entries(catalog, updater, module)
-        total = sum(part.tensor.nbytes for entry in entries for part in entry.held)
+        fresh = updater is not None and updater.fresh
+        parts = optimizer_parts(catalog, updater, module) if updater is not None and not fresh else []
+        state = check_entries(
+            place, catalog, entries + parts, meeting, then=lambda reader: _values(reader, catalog)
+        )
+        kept = optimizer_entries(catalog, updater, module) if updater is not None else []
+        total = sum(part.tensor.nbytes for entry in (*entries, *kept) for part in entry.held)
         with bar(f"loading {path.name}", total, show=meeting.rank == 0) as progress:
-            read_entries(place, catalog, entries, meeting, verify=False, progress=progress)
+            if updater is not None and fresh:
+                try:
+                    read_entries(place, catalog, kept, meeting, verify=False, fresh=True, progress=progress)
+                except BaseException:
+                    updater.forget_state()
+                    raise
+                kept = []
+            read_entries(place, catalog, entries + kept, meeting, verify=False, progress=progress)
         self._refresh()
         if opened.format != "unishard" or catalog.about.get("converted_from", "unishard") != "unishard":
             options = own_options(self._engine, options)

@@ -188,6 +188,11 @@ class FlatSteps:
         self.separate()
         self._flats = {key: flat for key, flat in self._flats.items() if key[0].resting is not None}
 
+    def forget(self) -> None:
+        """The optimizer's state is gone."""
+        self._divisions.clear()
+        self._flats.clear()
+
     def separate(self) -> None:
         """Give every piece a step counter of its own; the next step here reads them anew."""
         for division in self._divisions.values():

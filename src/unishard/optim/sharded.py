@@ -161,6 +161,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The kinds of state that the inner optimizer keeps, where that is known beforehand."""
         return self._flat.state_names()
 
+    @property
+    def fresh(self) -> bool:
+        """Whether there is no state yet, and none will rest on a tier."""
+        return not self._resting.active and not any(self.inner.state.get(p.param) for p in self._pieces)
+
+    def forget_state(self) -> None:
+        """Begin anew, as before the first step."""
+        self.inner.state.clear()
+        self._flat.forget()
+
     def make_room(self, kinds: Callable[[Piece], Iterable[str]]) -> None:
         """Before state is read into slots: each piece counts by itself, and keeps only the kinds that will be read."""
         self._flat.separate()
