@@ -42,13 +42,23 @@ def config(plan: Plan, preset: str, overlap: bool) -> dict[str, Any]:
 
 
 def build_config_door(
-    plan: Plan, *, preset: str, overlap: bool = False, offload: tuple[str, ...] = ()
+    plan: Plan,
+    *,
+    preset: str,
+    overlap: bool = False,
+    offload: tuple[str, ...] = (),
+    device: str = "nvme",
+    in_backward: bool = False,
 ) -> EngineTrainer:
     import unishard
 
     model = build_model(plan)
-    tier = {"device": "nvme", "nvme_path": tempfile.gettempdir()}
-    keys = {**config(plan, preset, overlap), "zero_optimization": dict.fromkeys(offload, tier)}
+    tier = {"device": device, "nvme_path": tempfile.gettempdir()}
+    keys = {
+        **config(plan, preset, overlap),
+        "optimizer_in_backward": in_backward,
+        "zero_optimization": dict.fromkeys(offload, tier),
+    }
     engine, optimizer, _, _ = unishard.initialize(model=model, config=keys)
 
     def finish_gathers() -> None:
@@ -142,20 +152,31 @@ def _rows(sharding: Sharding) -> Iterator[Contestant]:
     yield row("-code", "code door: blocks and root, fused AdamW", code_door, "unishard.sharding.api")
 
 
-def _offloaded(suffix: str, what: str, *sections: str) -> Contestant:
+def _offloaded(
+    suffix: str, what: str, *sections: str, device: str = "nvme", in_backward: bool = False
+) -> Contestant:
+    where = (
+        "nvme (the folder for temporary files)" if device == "nvme" else "host memory, which it is in already"
+    )
+    when = ", optimizer_in_backward" if in_backward else ""
     return Contestant(
         name=f"unishard-zero3-{suffix}",
         family=f"unishard-zero3-{suffix}",
         level="offload",
-        setting=f"ZERO3, config door, AdamW, {what} on nvme (the folder for temporary files)",
-        build=partial(build_config_door, preset="ZERO3", offload=sections),
+        setting=f"ZERO3, config door, AdamW{when}, {what} on {where}",
+        build=partial(
+            build_config_door, preset="ZERO3", offload=sections, device=device, in_backward=in_backward
+        ),
         imports=("unishard.engine",),
         ours=True,
     )
 
 
+_BOTH = ("offload_optimizer", "offload_param")
 CONTESTANTS = (
     *(row for sharding in PRESETS.values() for row in _rows(sharding)),
+    _offloaded("cpu", "optimizer state", "offload_optimizer", device="cpu"),
     _offloaded("nvme-optimizer", "optimizer state", "offload_optimizer"),
-    _offloaded("nvme", "optimizer state and parameters", "offload_optimizer", "offload_param"),
+    _offloaded("nvme", "optimizer state and parameters", *_BOTH),
+    _offloaded("nvme-in-backward", "optimizer state and parameters", *_BOTH, in_backward=True),
 )
