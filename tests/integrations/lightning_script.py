@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from unishard.config.load import load_config
-from unishard.integrations.lightning import UnishardStrategy
 from unishard.sharding.single import single_of
 
+# Either of the two packages.
+PACKAGE = os.environ.get("UNISHARD_TEST_LIGHTNING", "lightning.pytorch")
+lightning: Any = importlib.import_module(PACKAGE)
+callbacks: Any = importlib.import_module(f"{PACKAGE}.callbacks")
+# The class is made for the package that is imported by then.
+UnishardStrategy: Any = importlib.import_module("unishard.integrations.lightning").UnishardStrategy
 WIDTH, BATCH = 8, 4
 
 
@@ -96,7 +101,7 @@ class Manual(Net):
             self.clip_gradients(optimizer, gradient_clip_val=0.2, gradient_clip_algorithm="norm")
             optimizer.step()
             optimizer.zero_grad()
-            self.lr_schedulers().step()  # pyright: ignore
+            self.lr_schedulers().step()
 
 
 class OwnBackward(Net):
@@ -109,7 +114,7 @@ class BuiltLate(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = None  # pyright: ignore
+        self.blocks = None
         self.rested: list[bool] = []
 
     def configure_model(self) -> None:
@@ -136,7 +141,7 @@ class TwoOptimizers(Manual):
         ]
 
 
-def trainer(strategy: Any, **options: Any) -> lightning.Trainer:
+def trainer(strategy: Any, **options: Any) -> Any:
     arguments: dict[str, Any] = {
         "strategy": strategy, "accelerator": "cpu", "devices": 2, "max_epochs": 2, "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
@@ -144,7 +149,7 @@ def trainer(strategy: Any, **options: Any) -> lightning.Trainer:
     return lightning.Trainer(**(arguments | options))
 
 
-def weights(run: lightning.Trainer, module: Net) -> dict[str, torch.Tensor]:
+def weights(run: Any, module: Net) -> dict[str, torch.Tensor]:
     if isinstance(run.strategy, UnishardStrategy):
         return run.strategy.engine.full_state_dict() or {}
     return {name: value.clone() for name, value in module.state_dict().items()}
@@ -176,11 +181,11 @@ def trained(strategy: Any, module: Net | None = None, **options: Any) -> dict[st
     return found
 
 
-def evaluated(run: lightning.Trainer, module: Net) -> dict[str, Any]:
+def evaluated(run: Any, module: Net) -> dict[str, Any]:
     return {
         "validate": run.validate(module, loader(), verbose=False),
         "test": run.test(module, loader(), verbose=False),
-        "predict": torch.cat(run.predict(module, loader())),  # pyright: ignore
+        "predict": torch.cat(run.predict(module, loader())),
     }
 
 
@@ -210,8 +215,8 @@ def compare(results: dict[str, Any]) -> None:
 
 
 def checkpoints(results: dict[str, Any], folder: Path) -> None:
-    def saving(at: str) -> ModelCheckpoint:
-        return ModelCheckpoint(folder / at, monitor="val", save_last=True, save_top_k=1)
+    def saving(at: str) -> Any:
+        return callbacks.ModelCheckpoint(folder / at, monitor="val", save_last=True, save_top_k=1)
 
     for strategy in ("ddp", "ZERO2", "ZERO3"):
 
@@ -268,7 +273,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "optimizer": ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, {}, Net),
         "none": ({}, {}, NoOptimizer),
         "two": ({}, {}, TwoOptimizers),
-        "averaging": ({}, {"callbacks": [StochasticWeightAveraging(0.1)]}, Net),
+        "averaging": ({}, {"callbacks": [callbacks.StochasticWeightAveraging(0.1)]}, Net),
     }
     seen = {}
     for name, (config, options, module) in fit.items():
@@ -320,6 +325,43 @@ def twice() -> dict[str, Any]:
     return found
 
 
+def through_deepspeed(folder: Path) -> dict[str, Any]:
+    """Lightning's own strategy for DeepSpeed through the drop-in."""
+    import unishard.deepspeed
+
+    unishard.deepspeed.install()
+    strategies: Any = importlib.import_module(f"{PACKAGE}.strategies")
+
+    class OnCPU(strategies.DeepSpeedStrategy):
+        def setup_environment(self) -> None:  # the check for CUDA is left out
+            strategies.DDPStrategy.setup_environment(self)
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+    found["ddp"] = trained("ddp", max_epochs=3, **options)
+    for stage in (1, 2, 3):
+        half = trained(OnCPU(stage=stage), **options)
+        path = folder / f"deepspeed-{stage}.ckpt"
+        half["trainer"].save_checkpoint(path)
+        module = Net()
+        resumed = trained(OnCPU(stage=stage), module, max_epochs=3, ckpt_path=path, **options)
+        engine = resumed["trainer"].strategy.model
+        weights = engine.module_state_dict()
+        config = {"stage": engine.zero_optimization_stage(), "clipping": engine.gradient_clipping()}
+        tested = resumed["trainer"].test(module, loader(), verbose=False)
+        found[stage] = {"losses": half["losses"] + resumed["losses"], "weights": weights, "tested": tested}
+        found[stage] |= {"engine": f"{type(engine).__module__}.{type(engine).__name__}", "config": config}
+        found[stage]["steps"] = resumed["steps"]
+    found["tested"] = found["ddp"]["trainer"].test(found["ddp"]["module"], loader(), verbose=False)
+    late = trained(OnCPU(stage=3), BuiltLate(), precision="bf16-mixed")
+    found["bf16"] = {key: late[key] for key in ("losses", "dtypes")}
+    return found
+
+
 def plain_loop(epochs: int) -> dict[str, Any]:
     """The same without Lightning, in the order of its sampler."""
     module = Net()
@@ -355,6 +397,7 @@ def main(folder: Path, mode: str) -> None:
         configurations(results, folder)
         results["collectives"], results["twice"] = collectives(), twice()
         results["refusals"] = refusals(folder)
+        results["deepspeed"] = through_deepspeed(folder)
         run = results["plain ZERO3"]["trainer"]
     elif mode == "launcher":
         results["launched"] = trained(UnishardStrategy("ZERO3"))

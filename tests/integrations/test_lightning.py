@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,9 +25,10 @@ CASES += [
 ]
 
 
-def ran(command: list[str], folder: Path, mode: str) -> dict[str, Any]:
+def ran(command: list[str], folder: Path, mode: str, package: str = "lightning.pytorch") -> dict[str, Any]:
     # Lightning's own launcher starts processes itself; what a launcher of the tests set would tell it otherwise.
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    alone["UNISHARD_TEST_LIGHTNING"] = package
     done = subprocess.run(
         [*command, str(SCRIPT), str(folder), mode],
         capture_output=True,
@@ -178,8 +180,11 @@ def test_what_cannot_be_honoured_is_refused(seen, name, says):
     assert [part for part in says if part not in seen["refusals"][name]] == []
 
 
-def test_lightnings_own_launcher_starts_the_ranks(seen, folder):
-    found = ran([sys.executable], folder, "launcher")["launched"]
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightnings_own_launcher_starts_the_ranks(seen, folder, package):
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        pytest.skip(f"{package} is not installed")
+    found = ran([sys.executable], folder, "launcher", package)["launched"]
     same(found["losses"], seen["plain ddp"]["losses"])
     same(found["weights"], seen["plain ddp"]["weights"])
 
@@ -199,3 +204,21 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(alone, preset):
 
 def test_weights_only_gives_a_file_that_load_from_checkpoint_reads(alone, seen):
     same(dict(alone["loaded"]), seen["saved ZERO3"]["weights"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_lightnings_strategy_for_deepspeed_trains_through_the_drop_in(seen, stage):
+    found = seen["deepspeed"]
+    ours, ddp = found[stage], found["ddp"]
+    assert ours["engine"] == "unishard.deepspeed.parts.engine.DeepSpeedEngine"
+    assert ours["config"] == {"stage": 3 if stage == 3 else 0, "clipping": 1.0}  # of the engine that tests
+    assert ours["steps"] == ddp["steps"] == 6
+    same(ours["losses"], ddp["losses"])
+    same(ours["weights"], ddp["weights"])
+    same(ours["tested"], found["tested"])
+
+
+def test_lightnings_strategy_for_deepspeed_computes_in_bf16(seen):
+    found = seen["deepspeed"]["bf16"]
+    assert found["dtypes"] == {torch.bfloat16}
+    torch.testing.assert_close(found["losses"], seen["plain ddp"]["losses"], rtol=2e-2, atol=0)
