@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+import unishard
 from unishard.config.load import load_config
 from unishard.sharding.single import single_of
 
@@ -109,6 +110,13 @@ class OwnBackward(Net):
         (2 * loss).backward(*args, **kwargs)
 
 
+class OwnClipping(Net):
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any
+    ) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+
+
 class BuiltLate(Net):
     """Its blocks are built in `configure_model`."""
 
@@ -196,7 +204,10 @@ def matrix() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "by value", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
     yield "manual", {"module": Manual}
     yield "own backward", {"module": OwnBackward}
+    yield "own clipping", {"module": OwnClipping}
     yield "built late", {"module": BuiltLate}
+    scheduler = callbacks.GradientAccumulationScheduler({0: 1, 1: 3})
+    yield "accumulated later", {"callbacks": [scheduler]}
 
 
 def compare(results: dict[str, Any]) -> None:
@@ -239,6 +250,24 @@ def checkpoints(results: dict[str, Any], folder: Path) -> None:
     for strategy in ("ZERO3", "ZERO1"):
         options = {"max_epochs": 3, "accumulate_grad_batches": 2, "ckpt_path": folder / "ddp" / "last.ckpt"}
         results[f"from ddp {strategy}"] = trained(UnishardStrategy(strategy), Net(dropout=0.2), **options)
+
+
+def from_engine(folder: Path) -> dict[str, Any]:
+    """Goes on from what an engine without a Trainer saved."""
+    module, batch = Net(), next(iter(loader()))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    config = {"train_micro_batch_size_per_gpu": BATCH, "sharding": "ZERO2"}
+    engine, *_ = unishard.initialize(model=module, optimizer=optimizer, config=config)
+    engine.backward(engine(batch[0]).square().mean())
+    engine.step()
+    engine.save_checkpoint(folder, "engine")
+    state = [engine.full_state_dict()]
+    torch.distributed.broadcast_object_list(state)
+    plain = Net()
+    plain.load_state_dict(state[0])
+    expected = trained("ddp", plain, max_epochs=1)["losses"][0]
+    goes_on = trained(UnishardStrategy("ZERO3"), max_epochs=1, ckpt_path=folder / "engine")
+    return {"losses": goes_on["losses"], "first": expected}
 
 
 def configurations(results: dict[str, Any], folder: Path) -> None:
@@ -397,6 +426,7 @@ def main(folder: Path, mode: str) -> None:
         configurations(results, folder)
         results["collectives"], results["twice"] = collectives(), twice()
         results["refusals"] = refusals(folder)
+        results["from engine"] = from_engine(folder)
         results["deepspeed"] = through_deepspeed(folder)
         run = results["plain ZERO3"]["trainer"]
     elif mode == "launcher":

@@ -20,7 +20,7 @@ PRESETS = ("NO_SHARD", "ZERO1", "ZERO2", "ZERO3")
 CASES = [f"{name} {preset}" for name in ("plain", "accumulated") for preset in PRESETS]
 CASES += [
     f"{name} {preset}"
-    for name in ("by value", "manual", "own backward", "built late")
+    for name in ("by value", "manual", "own backward", "own clipping", "built late", "accumulated later")
     for preset in ("ZERO1", "ZERO3")
 ]
 
@@ -143,6 +143,13 @@ def test_a_checkpoint_of_ddp_goes_on_sharded(seen, preset):
     assert len(ours["losses"]) == 4
     for key in ("losses", "weights", "rates", "steps"):
         same(ours[key], ddp[key])
+
+
+def test_a_checkpoint_of_an_engine_goes_on_from_epoch_0(seen):
+    found = seen["from engine"]
+    assert len(found["losses"]) == 4
+    same(found["losses"][0], found["first"])
+    assert found["losses"][0] != seen["plain ddp"]["losses"][0]
 
 
 def test_one_module_may_be_trained_again_and_by_another_trainer(seen):
