@@ -10,11 +10,10 @@ from unishard.errors import UnsupportedError
 from unishard.sharding.group import ShardGroup
 
 if TYPE_CHECKING:
-    from lightning.pytorch.plugins.precision import Precision as _Base
-
     from unishard.integrations.lightning_strategy import StrategyParts
-else:
-    _Base = object
+
+_Base: Any = object
+"""Lightning's plain `Precision` comes in where the class is made."""
 
 
 def clamp(groups: Sequence[ShardGroup], bound: float) -> None:

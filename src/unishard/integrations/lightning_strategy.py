@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,8 @@ from unishard.sharding.init import init_sharded
 from unishard.sharding.placement import Placement, preset
 from unishard.sharding.unit import units_under
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import DDPStrategy as _Base
-else:
-    _Base = object
+_Base: Any = object
+"""Lightning's `DDPStrategy` comes in where the class is made."""
 
 log = logging.getLogger("unishard")
 
