@@ -272,7 +272,7 @@ def from_engine(folder: Path) -> dict[str, Any]:
 
 def configurations(results: dict[str, Any], folder: Path) -> None:
     path = folder / "ds_config.json"
-    given = {
+    given: dict[str, Any] = {
         "train_batch_size": 24,
         "gradient_clipping": 0.1,
         "zero_optimization": {"stage": 3},
@@ -282,6 +282,9 @@ def configurations(results: dict[str, Any], folder: Path) -> None:
     path.write_text(json.dumps(given))
     results["file"] = trained(UnishardStrategy(str(path)), NoOptimizer())
     results["object"] = trained(UnishardStrategy(load_config(path)), NoOptimizer(), accumulate_grad_batches=3)
+    given["train_micro_batch_size_per_gpu"] = 12
+    for name, strategy in {"validated": UnishardStrategy(given), "validated ddp": "ddp"}.items():
+        results[name] = trainer(strategy).validate(Net(), loader(), verbose=False)
     results["hook"] = trained(UnishardStrategy(stage=2), WithLoader())
     results["bf16"] = trained(UnishardStrategy("ZERO3"), precision="bf16-mixed")
     results["bf16 true"] = trained(UnishardStrategy("ZERO2"), precision="bf16-true")
@@ -302,6 +305,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "optimizer": ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, {}, Net),
         "none": ({}, {}, NoOptimizer),
         "two": ({}, {}, TwoOptimizers),
+        "manual": ({"gradient_accumulation_steps": 2}, {}, Manual),
         "averaging": ({}, {"callbacks": [callbacks.StochasticWeightAveraging(0.1)]}, Net),
     }
     seen = {}

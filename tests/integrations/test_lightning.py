@@ -93,6 +93,10 @@ def test_the_configuration_fills_the_trainer(seen):
     same(seen["file"]["losses"], seen["object"]["losses"])
 
 
+def test_validation_alone_asks_for_none_of_trainings_keys(seen):
+    same(seen["validated"], seen["validated ddp"])
+
+
 def test_the_batch_of_a_loader_that_a_hook_makes_is_known_in_training(seen):
     assert seen["hook"]["engine"]["sizes"] == (8, 4, 8)
     same(seen["hook"]["losses"], seen["plain ddp"]["losses"])
@@ -178,6 +182,7 @@ def test_the_strategys_collectives(seen):
         ("optimizer", ['optimizer = {"type": "Adam"', "returns AdamW"]),
         ("none", ["returns no optimizer", "section optimizer"]),
         ("two", ["returns 2 optimizers"]),
+        ("manual", ["2 batches a step", "manual optimization"]),
         ("averaging", ["StochasticWeightAveraging"]),
         ("remote", ["s3://bucket/x.ckpt", "all of them see"]),
         ("weights", ["no optimizer state", "Net.load_from_checkpoint"]),

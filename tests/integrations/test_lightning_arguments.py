@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from unishard.config import Config, resolve
 from unishard.errors import ConfigError
@@ -16,6 +18,7 @@ from unishard.integrations.lightning_arguments import (
     configuration,
     for_inference,
 )
+from unishard.integrations.lightning_strategy import move_buffers
 
 
 @pytest.mark.parametrize(
@@ -165,3 +168,10 @@ def test_evaluation_needs_no_optimizer():
         "bf16": {"enabled": True},
         "train_micro_batch_size_per_gpu": 1,
     }
+
+
+def test_buffers_go_to_the_device_and_parameters_stay():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    move_buffers(model, torch.device("meta"))
+    assert all(buffer.is_meta for buffer in model.buffers())
+    assert not any(param.is_meta for param in model.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -154,7 +155,8 @@ class StrategyParts(_Base):
             self._refuse_averaging(trainer)
             self._setup_training(trainer, module)
         elif self._engine is None or self._engine.module is not module:
-            self._build(module, for_inference(self._completed(trainer, None, [], 1)), None)
+            facts = TrainerArguments(precision=self.precision_plugin.precision)
+            self._build(module, completed(for_inference(self.config), facts, self.world_size).config, None)
         self.model = self.engine
 
     def _refuse_averaging(self, trainer: Any) -> None:
@@ -203,13 +205,19 @@ class StrategyParts(_Base):
         )
         done = completed(self.config, arguments, self.world_size)
         self._micro_batch_is_assumed = done.assumed
-        if trainer.state.fn == "fit" and self.lightning_module.automatic_optimization:
+        if self.lightning_module.automatic_optimization:
             trainer.accumulate_grad_batches = done.accumulation
             trainer.gradient_clip_val = done.clip or None
+        elif done.accumulation != 1:
+            raise ConfigError(
+                f"the configuration means {done.accumulation} batches a step, and with manual optimization the module "
+                "says when it steps; leave gradient_accumulation_steps and train_batch_size out"
+            )
         return done.config
 
     def _build(self, module: nn.Module, config: Mapping[str, Any], optimizer: Any) -> LightningEngine:
         self._release(module)
+        move_buffers(module, self.root_device)
         engine, *_ = initialize(
             model=module,
             optimizer=optimizer,
@@ -226,8 +234,7 @@ class StrategyParts(_Base):
         if next(iter(units_under(module)), None) is not None:
             restore_in_place(module)
         if self._engine is not None:
-            self._engine = None
-            self._reset_optimizers_and_schedulers()
+            self._engine, self.optimizers, self.lr_scheduler_configs = None, [], []
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -380,6 +387,17 @@ class StrategyParts(_Base):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """`load_checkpoint` did it."""
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put on `device` what is not a parameter; those go there shard by shard."""
+    metric = getattr(sys.modules.get("torchmetrics"), "Metric", ())
+    for part in module.modules():
+        if isinstance(part, metric):
+            part.to(device)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
 
 
 def _micro_batch(loader: Any) -> int | None:
