@@ -78,13 +78,23 @@ class Net(lightning.LightningModule):
     def predict_step(self, batch: Any, index: int) -> torch.Tensor:
         return self(batch[0]) + self.shift
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = self.optimizer()
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Manual(Net):
+class Momentum(Net):
+    """Unlike AdamW it shows when gradients are scaled wrongly."""
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=5e-2, momentum=0.9)
+
+
+class Manual(Momentum):
     """Its own accumulation and clipping."""
 
     def __init__(self) -> None:
@@ -99,18 +109,25 @@ class Manual(Net):
             self.manual_backward(loss / 2)
         self.losses.append(loss.item())
         if last:
-            self.clip_gradients(optimizer, gradient_clip_val=0.2, gradient_clip_algorithm="norm")
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
             optimizer.step()
             optimizer.zero_grad()
             self.lr_schedulers().step()
 
 
-class OwnBackward(Net):
+class OwnBackward(Momentum):
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         (2 * loss).backward(*args, **kwargs)
 
 
-class OwnClipping(Net):
+class Halved(Momentum):
+    """Lightning and DeepSpeed's engine both divide the loss by the batches of a step, of which there are two here."""
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        (loss / 2).backward(*args, **kwargs)
+
+
+class OwnClipping(Momentum):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any
     ) -> None:
@@ -200,14 +217,14 @@ def evaluated(run: Any, module: Net) -> dict[str, Any]:
 def matrix() -> Iterator[tuple[str, dict[str, Any]]]:
     """Case by case what is compared with DDP: (name, arguments of the Trainer and the module)."""
     yield "plain", {}
-    yield "accumulated", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}
+    yield "accumulated", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.9, "module": Momentum}
     yield "by value", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
     yield "manual", {"module": Manual}
     yield "own backward", {"module": OwnBackward}
     yield "own clipping", {"module": OwnClipping}
     yield "built late", {"module": BuiltLate}
     scheduler = callbacks.GradientAccumulationScheduler({0: 1, 1: 3})
-    yield "accumulated later", {"callbacks": [scheduler]}
+    yield "accumulated later", {"callbacks": [scheduler], "module": Momentum}
 
 
 def compare(results: dict[str, Any]) -> None:
@@ -374,13 +391,13 @@ def through_deepspeed(folder: Path) -> dict[str, Any]:
             self._init_deepspeed_distributed()
 
     found: dict[str, Any] = {}
-    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
-    found["ddp"] = trained("ddp", max_epochs=3, **options)
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.9}
+    found["ddp"] = trained("ddp", Halved(), max_epochs=3, **options)
     for stage in (1, 2, 3):
-        half = trained(OnCPU(stage=stage), **options)
+        half = trained(OnCPU(stage=stage), Momentum(), **options)
         path = folder / f"deepspeed-{stage}.ckpt"
         half["trainer"].save_checkpoint(path)
-        module = Net()
+        module = Momentum()
         resumed = trained(OnCPU(stage=stage), module, max_epochs=3, ckpt_path=path, **options)
         engine = resumed["trainer"].strategy.model
         weights = engine.module_state_dict()
