@@ -115,6 +115,7 @@ def test_public_names_are_listed_by_dir():
         "docs/kernels.md",
         "docs/deepspeed.md",
         "docs/transformers.md",
+        "docs/lightning.md",
     ],
 )
 def test_relative_links_in_the_documents_resolve(name):

@@ -77,6 +77,77 @@ def case_overflow_stops_with_a_name() -> None:
     assert all(torch.equal(v, before[k]) for k, v in engine.module_state_dict().items())
 
 
+class CallsItself(nn.Module):
+    """Its own parameter is used after a nested call of the module, as in a step method that calls the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+        self.shift = nn.Parameter(torch.ones(4))
+
+    def forward(self, inputs: torch.Tensor, step: bool = True) -> torch.Tensor:
+        return (self(inputs, step=False) + self.shift).sum() if step else self.blocks(inputs)
+
+
+def case_a_model_may_call_itself() -> None:
+    for preset in ("ZERO2", "ZERO3"):
+        plain = CallsItself()
+        optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+        engine, _, _, _ = unishard.initialize(
+            model=CallsItself(),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "sharding": preset,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 1e-2}},
+            },
+        )
+        for step in range(3):
+            batch = torch.full((2, 4), float(step))
+            with torch.no_grad():
+                torch.testing.assert_close(engine(batch), plain(batch))
+            loss, expected = engine(batch), plain(batch)
+            torch.testing.assert_close(loss, expected)
+            expected.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.backward(loss)
+            engine.step()
+        with pytest.raises(RuntimeError, match="shapes"):
+            engine(torch.ones(2, 3))
+        torch.testing.assert_close(engine(batch), plain(batch))  # nothing is left of the call that failed
+
+
+def case_the_norm_to_clip_to_may_change() -> None:
+    batch, moved = torch.ones(2, 4), []
+    for bound in (1e-2, 1e-3):
+        engine, optimizer, _, _ = unishard.initialize(
+            model=CallsItself(),
+            config={**CONFIG, "gradient_clipping": 1e-2, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}},
+        )
+        before = engine.module_state_dict()
+        optimizer.max_norm = bound
+        engine.backward(engine(batch))
+        engine.step()
+        after = engine.module_state_dict()
+        moved.append(sum((after[k] - before[k]).square().sum() for k in after).sqrt().item())
+    assert moved == pytest.approx([1e-2, 1e-3], rel=1e-3)
+
+
+def case_full_state_dict_has_fp32_masters() -> None:
+    model = CallsItself()
+    model.register_buffer("seen", torch.tensor(3.0))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    config = {**CONFIG, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    engine, _, _, _ = unishard.initialize(model=model, config=config, device=torch.device("cpu"))
+    assert engine.device == torch.device("cpu")
+    found = engine.full_state_dict()
+    assert (found is None) == (engine.global_rank != 0)
+    if found is not None:
+        found["seen"] = found["seen"].float()  # buffers follow the compute dtype
+        torch.testing.assert_close(found, state, rtol=0, atol=0)
+
+
 def monitored(folder: str) -> None:
     config = {**CONFIG, "csv_monitor": {"enabled": True, "output_path": folder, "job_name": "run"}}
     engine, _, _, _ = unishard.initialize(model=nn.Linear(2, 2), config=config)

@@ -36,6 +36,7 @@ from unishard.checkpoint.training import (
 )
 from unishard.engine.sampling import PositionedSampler
 from unishard.errors import CheckpointError
+from unishard.sharding.group import WEIGHTS
 
 if TYPE_CHECKING:
     from unishard.engine.engine import Engine
@@ -431,6 +432,32 @@ def gather_16bit(engine: Engine, *, exclude_frozen: bool) -> dict[str, torch.Ten
     for buffer_name, buffer in persistent_buffers(engine.module):
         state[buffer_name] = buffer.detach().to("cpu", copy=True)
     return state
+
+
+def gather_weights(engine: Engine) -> dict[str, Any] | None:
+    """What `state_dict()` of the whole model would be, weights as fp32 masters, in CPU memory of the first rank; `None`
+    on others.
+
+    Parameters are gathered one by one. All ranks call together.
+    """
+    from unishard.sharding.whole_state import ParameterHome, whole_state
+
+    first, weights = world().rank == 0, {}
+    names: dict[int, list[str]] = {}
+    for name, param in engine.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    for group in engine.schedule.groups:
+        with group.in_memory(WEIGHTS, changed=False):
+            for index, registration in enumerate(group.registrations):
+                home = ParameterHome(group, index)
+                whole = whole_state(home, home.local(group.buffer.shard))
+                if first:
+                    weights.update(dict.fromkeys(names.get(id(registration.visible), ()), whole.cpu()))
+    if not first:
+        return None
+    shown = {name: value for name, value in engine.module.state_dict().items() if name not in weights}
+    copied = {k: v.to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in shown.items()}
+    return weights | copied
 
 
 def save_16bit(engine: Engine, folder: str | Path, name: str, *, exclude_frozen: bool) -> Path:

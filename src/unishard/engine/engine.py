@@ -77,7 +77,7 @@ class Engine(SaveLoad):
         with self._timed("forward"):
             if torch.is_grad_enabled():
                 self._arm()
-            with self._autocast():
+            with self._autocast(), self.schedule.one_forward():
                 return self.module(*args, **kwargs)
 
     def _autocast(self) -> AbstractContextManager[Any]:

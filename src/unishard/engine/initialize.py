@@ -67,6 +67,7 @@ def initialize(
     mesh: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    device: torch.device | None = None,
     makers: Makers = Makers(),  # noqa: B008 - immutable
 ) -> Initialized:
     """Shard `model` as `config` says and return (engine, optimizer, dataloader, lr_scheduler).
@@ -81,6 +82,7 @@ def initialize(
         training_data: a dataset, for a loader of micro-batches split over data-parallel ranks.
         lr_scheduler: a scheduler, or a function from optimizer to scheduler.
         config: a path, a dict, or a `Config`. mesh: a 1-D or (dp_replicate, dp_shard) `DeviceMesh`.
+        device: where to compute; default: this local rank's GPU if there is any, else the CPU.
         makers: the classes of engine and optimizer, for doors.
 
     Raises:
@@ -100,7 +102,7 @@ def initialize(
         raise ConfigError(
             "dist_init_required=False, but there is no process group; create one, or leave it out"
         )
-    device = _device()
+    device = _device() if device is None else device
     if distributed_port is not None:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
     ensure_process_group(device)

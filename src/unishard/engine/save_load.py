@@ -140,6 +140,15 @@ class SaveLoad(Accessors):
         """At the next boundary after any rank got one of `signals`, save to `save_dir` and exit with status 0."""
         self._checkpoints.save_on_signal(save_dir, signals, keep_last)
 
+    def full_state_dict(self) -> dict[str, Any] | None:
+        """The whole model's state dict with fp32 master weights, in CPU memory of the first rank; `None` on others.
+
+        All ranks call together.
+        """
+        from unishard.engine.checkpointing import gather_weights
+
+        return gather_weights(self._as_engine())
+
     def save_16bit_model(
         self,
         save_dir: str | Path,

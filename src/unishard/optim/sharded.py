@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,6 +151,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def scaler(self) -> LossScale:
         return self._loss_scale
+
+    @property
+    def max_norm(self) -> float:
+        """What the next updates clip the gradients' norm to; 0 clips nothing."""
+        return self._rules.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        self._rules = replace(self._rules, max_norm=float(value))
 
     @property
     def pieces(self) -> Sequence[Piece]:

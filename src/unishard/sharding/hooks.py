@@ -92,7 +92,7 @@ class UnitHooks:
         # What an exception or an early-stopped recomputation left in `_remaining` must not hide a new call.
         if in_backward():
             self._enter_recomputation()
-        elif module not in self._remaining or len(self.unit.modules) == 1:
+        elif (module not in self._remaining or len(self.unit.modules) == 1) and self._begins():
             # Gathers write into memory that a functional transform (torch.func.jvp) would see as captured.
             with torch._C._DisableFuncTorch():
                 self._enter()
@@ -103,6 +103,14 @@ class UnitHooks:
         if unit.has_frozen and torch.is_grad_enabled():
             self._watch_inputs((args, kwargs))
         return args, kwargs
+
+    def _begins(self) -> bool:
+        schedule = self.unit.schedule
+        return schedule is None or schedule.root is not self.unit or schedule.enter_root()
+
+    def _ends(self) -> bool:
+        schedule = self.unit.schedule
+        return schedule is None or schedule.root is not self.unit or in_backward() or schedule.leave_root()
 
     def _enter_recomputation(self) -> None:
         """Parameters stay until this unit's backward is over, and no order is recorded."""
@@ -129,8 +137,10 @@ class UnitHooks:
                     self.hook_gradients(group)
 
     def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._remaining.discard(module)
         unit = self.unit
+        if not self._ends():
+            return cast_floating(output, unit.policy.output_dtype)
+        self._remaining.discard(module)
         if not self._remaining and not in_backward():
             output = self._leave(output)
         elif torch.is_grad_enabled() and not in_backward():

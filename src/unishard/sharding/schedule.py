@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -191,8 +192,33 @@ class Schedule:
         self._ran: list[ShardUnit] = []
         self._depth = 0
         self._order_agreed = False
+        self._root_calls: int | None = None
+        """Calls of the root under way, inside `one_forward`."""
 
     # forward -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def one_forward(self) -> Iterator[None]:
+        """Calls of the root inside its own forward, as a step method makes that calls its model, are part of it."""
+        before, self._root_calls = self._root_calls, 0
+        try:
+            yield
+        finally:
+            self._root_calls = before
+
+    def enter_root(self) -> bool:
+        """Count a call of the root; whether its forward begins with it."""
+        if self._root_calls is None:
+            return True
+        self._root_calls += 1
+        return self._root_calls == 1
+
+    def leave_root(self) -> bool:
+        """Count the end of a call of the root; whether its forward ends with it."""
+        if self._root_calls is None:
+            return True
+        self._root_calls -= 1
+        return self._root_calls == 0
 
     def enter_forward(self, unit: ShardUnit) -> None:
         if unit is self.root or self._depth <= 0:

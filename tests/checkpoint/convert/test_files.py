@@ -92,6 +92,18 @@ def test_model_and_optimizer_come_back_as_they_were(names: tuple[str, str], tmp_
         equal(optimizer.state.get(a, {}), fresh.state.get(b, {}))
 
 
+def test_files_of_lightning_list_their_optimizer(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    named = torch.optim.AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-2)
+    named.load_state_dict(optimizer.state_dict())
+    saved = {"state_dict": model.state_dict(), "optimizer_states": [named.state_dict()], "global_step": 2}
+    torch.save(saved, tmp_path / "epoch=0.ckpt")
+    catalog = open_checkpoint(tmp_path / "epoch=0.ckpt").catalog
+    assert catalog.about["step"] == 2
+    trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert {f"optim.state.{name}.exp_avg" for name in trainable} <= set(catalog.tensors)
+
+
 def test_state_by_position_is_not_guessed(tmp_path: Path) -> None:
     model, optimizer = trained()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")

@@ -33,7 +33,15 @@ from unishard.errors import CheckpointError
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
-_OPTIMIZER_NAMES = ("optimizer", "optim", "optimizer_state_dict", "optim_state_dict", "optimizer_state")
+_SEVERAL = "optimizer_states"
+_OPTIMIZER_NAMES = (
+    "optimizer",
+    "optim",
+    "optimizer_state_dict",
+    "optim_state_dict",
+    "optimizer_state",
+    _SEVERAL,
+)
 _STEP_NAMES = ("global_step", "global_steps", "step", "iteration", "iter_num")
 
 
@@ -110,6 +118,10 @@ def split(
             f"{where} holds {', '.join(map(str, list(content)[:8]))}; the model's state dict is looked for there and "
             f"under {', '.join(_MODEL_NAMES)}"
         )
+    several = content.get(_SEVERAL)
+    if isinstance(several, list) and len(several) == 1:
+        # Lightning's checkpoints list their optimizers.
+        content = {**content, _SEVERAL: several[0]}
     found = [n for n in _OPTIMIZER_NAMES if is_optimizer(content.get(n))]
     rest = {k: v for k, v in content.items() if k != named[0] and k not in found[:1]}
     return content[named[0]], content[found[0]] if found else None, rest
