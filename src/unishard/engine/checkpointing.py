@@ -164,7 +164,8 @@ class Checkpoints:
         }
         name = str(tag or default_tag(engine))
         name = common_tag(name, engine.config.checkpoint.tag_validation.lower())
-        place = Place(Path(folder).absolute(), name, about, latest, keep_last, {"zero_to_fp32.py": EXPORTER})
+        scripts = {"zero_to_fp32.py": EXPORTER, **engine.checkpoint_scripts}
+        place = Place(Path(folder).absolute(), name, about, latest, keep_last, scripts)
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background and not contents.all_here:
             log.warning(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class SaveLoad(Accessors):
     """What `Engine` can do with checkpoints."""
 
+    checkpoint_scripts: Mapping[str, str] = {}
+    """Further files that stand beside checkpoints, by name."""
     _made_checkpoints: Checkpoints | None = None
     _syncs: bool
     _micro: int

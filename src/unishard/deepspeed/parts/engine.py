@@ -19,6 +19,7 @@ from unishard.deepspeed.parts.checkpoint_names import (
     get_zero_ckpt_name_for_rank,
 )
 from unishard.deepspeed.parts.configuration import ConfigView
+from unishard.deepspeed.parts.consolidation import SCRIPT
 from unishard.deepspeed.parts.data import DataIO
 from unishard.deepspeed.parts.fragments import note_optimizer
 from unishard.deepspeed.parts.logs import logger
@@ -41,6 +42,8 @@ class DeepSpeedEngine(DataIO, Engine):
 
     `config` is the user's dictionary, as in DeepSpeed; values after resolution are its attributes.
     """
+
+    checkpoint_scripts = {"zero_to_torch.py": SCRIPT}
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
