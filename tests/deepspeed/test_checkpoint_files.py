@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from unishard.checkpoint.convert import open_checkpoint
 from unishard.deepspeed.parts.checkpoint_files import ZeROCheckpoint, merge_state, model_3d_desc
 from unishard.deepspeed.parts.consolidation import main as to_torch
-from unishard.errors import StateError
+from unishard.errors import CheckpointError, StateError
 
 deepspeed: Any = importlib.import_module("unishard.deepspeed")
 
@@ -164,6 +165,40 @@ def test_the_script_for_a_dtype(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "get_fp32_state_dict_from_zero_checkpoint", lambda *_, **__: {"a": one})
     module.convert_zero_checkpoint_to_fp32_state_dict("nowhere", tmp_path / "patched", max_shard_size=None)
     assert torch.load(tmp_path / "patched" / "pytorch_model.bin", weights_only=True).keys() == {"a"}
+
+
+def _model_states(folder: str) -> dict[str, torch.Tensor]:
+    model = Net()
+    model.register_buffer("count", torch.tensor(7))
+    engine = engine_of(1, model, bf16={"enabled": True})
+    # Twice, so that the second has the place of the first.
+    engine.save_checkpoint(folder, tag="one", exclude_frozen_parameters=True)
+    train(engine, 2)
+    engine.save_checkpoint(folder, tag="one", client_state={"epoch": 5})
+    engine.save_checkpoint(folder, tag="two", exclude_frozen_parameters=True)
+    engine_of(3).save_checkpoint(folder, tag="three")
+    return engine.module_state_dict()
+
+
+def test_model_states_are_loaded_out_of_the_shards(ranks, tmp_path):
+    expected, _ = ranks(_model_states, str(tmp_path))
+    name = deepspeed.checkpoint.utils.get_model_ckpt_name_for_rank
+    file = Path(name(str(tmp_path / "one"), "00"))
+    assert file.stat().st_size < 4096
+    state = torch.load(file, weights_only=False)
+    assert (state["epoch"], state["global_steps"]) == (5, 2)
+    assert state["module"].keys() == expected.keys()
+    for key, value in expected.items():
+        assert state["module"][key].dtype == value.dtype
+        assert torch.equal(state["module"][key], value), key
+    assert state["module"]["tied.weight"] is state["module"]["first.weight"]
+    fewer = torch.load(name(str(tmp_path / "two"), "00"), weights_only=False)["module"]
+    assert fewer.keys() == {key for key in expected if "frozen" not in key}
+    assert not Path(name(str(tmp_path / "three"), "00")).exists()
+    assert open_checkpoint(tmp_path, tag="one").format == "unishard"
+    (tmp_path / "one").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="one, which is not there"):
+        torch.load(tmp_path / "elsewhere" / file.name, weights_only=False)
 
 
 # files by rank ------------------------------------------------------------------------------------------------

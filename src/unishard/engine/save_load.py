@@ -38,6 +38,10 @@ class SaveLoad(Accessors):
             self._made_checkpoints = Checkpoints(self._as_engine())
         return self._made_checkpoints
 
+    def checkpoint_files(self, folder: Path, *, exclude_frozen: bool) -> Mapping[str, bytes]:
+        """Further small files of a checkpoint that is going to be at `folder`, by name."""
+        return {}
+
     def _checkpoint_boundary(self) -> None:
         """A step is over: raise what failed in the background; save and leave if a signal asked for it."""
         if self._made_checkpoints is not None:
