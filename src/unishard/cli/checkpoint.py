@@ -96,7 +96,7 @@ def convert(
     source: PathArgument,
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.", metavar="TARGET")],
     to: Annotated[
-        str, typer.Option("--to", help="unishard, deepspeed-universal, dcp, safetensors or torch.")
+        str, typer.Option("--to", help="unishard, deepspeed-universal, deepspeed, dcp, safetensors or torch.")
     ],
     tag: TagOption = None,
     format: FormatOption = None,
@@ -121,6 +121,12 @@ def convert(
             "--torch-optimizer", help="For DeepSpeed runs that step with one of torch's optimizers."
         ),
     ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks", help="For deepspeed: how many ranks load it; default: as many as wrote SOURCE."
+        ),
+    ] = None,
     new_tag: Annotated[
         str | None, typer.Option("--new-tag", help="Name of the folder inside TARGET.")
     ] = None,
@@ -142,6 +148,7 @@ def convert(
             exclude_frozen=exclude_frozen,
             like=like,
             torch_optimizer=torch_optimizer,
+            ranks=ranks,
             overwrite=overwrite,
             tag=new_tag,
         )
