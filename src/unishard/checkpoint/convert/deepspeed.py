@@ -45,7 +45,7 @@ class DeepSpeedFormat:
 
     name = "deepspeed"
     title = "DeepSpeed ZeRO"
-    honours = frozenset({"overwrite", "ranks", "tag", "torch_optimizer"})
+    honours = frozenset({"overwrite", "ranks", "tag", "torch_optimizer", "zero_stage"})
 
     def detect(self, path: Path) -> bool:
         return (
@@ -77,10 +77,10 @@ class DeepSpeedFormat:
         return verify_records(opened, progress)
 
     def write(self, source: Source, target: Path, options: Options) -> tuple[Path, list[str]]:
-        """For stages 1 and 2, which keep their state alike."""
-        from unishard.checkpoint.convert.deepspeed_write import write_flat_groups
+        """For one number of ranks, and stage 1 or 2, or 3."""
+        from unishard.checkpoint.convert.deepspeed_write import write_stage
 
-        return write_flat_groups(source, target, options)
+        return write_stage(source, target, options)
 
 
 def _read_files(path: Path) -> Files:

@@ -66,6 +66,8 @@ class Options:
     """For DeepSpeed: its run steps with one of torch's optimizers, which count steps in tensors."""
     ranks: int | None = None
     """For DeepSpeed: how many load it; None for as many as wrote the source."""
+    zero_stage: int | None = None
+    """For DeepSpeed: 1 or 2, which are alike, or 3; None for that of the source's configuration."""
     overwrite: bool = False
     tag: str | None = None
     """The folder's name inside the target, for formats with one folder a step."""
