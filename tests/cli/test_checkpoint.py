@@ -88,7 +88,9 @@ def test_verify_names_file_and_parameter(run: Path) -> None:
     assert "__0_0.distcp (with model.body.weight, model.scale and 17 more) has" in text
 
 
-@pytest.mark.parametrize("to", ["unishard", "dcp", "safetensors", "torch", "deepspeed-universal"])
+@pytest.mark.parametrize(
+    "to", ["unishard", "dcp", "safetensors", "torch", "deepspeed-universal", "deepspeed"]
+)
 def test_convert_and_diff(to: str, run: Path) -> None:
     target = run / ("out.pt" if to == "torch" else "out")
     code, text = ckpt("convert", run / "ours", target, "--to", to)
@@ -139,7 +141,8 @@ def test_consolidate_and_dtype(run: Path) -> None:
             "is no checkpoint of a known format (unishard, deepspeed-universal, deepspeed,",
         ),
         (["convert", "ours", "out", "--to", "pickle"], "format 'pickle' is not known; there are unishard,"),
-        (["convert", "ours", "out", "--to", "deepspeed"], "write deepspeed-universal"),
+        (["convert", "ours", "out", "--to", "deepspeed", "--ranks", "0"], "are of one number of ranks"),
+        (["convert", "ours", "out", "--to", "deepspeed", "--dtype", "bf16"], "has no meaning for DeepSpeed"),
         (["convert", "ours", "out", "--to", "dcp", "--dtype", "fp4"], "--dtype fp4: write one of fp32"),
         (["convert", "ours", "out", "--to", "dcp", "--max-shard-size", "big"], "'big' is no size"),
         (

@@ -211,6 +211,9 @@ def _a_constructor_may_gather_what_it_built() -> None:
     holder.inner.weight.partition(free_data=False)
     assert holder.inner.weight.numel() == 12
     assert holder.inner.weight.ds_status.name == "NOT_AVAILABLE"
+    holder.inner.weight.all_gather_coalesced([holder.inner.weight]).wait()
+    assert torch.equal(holder.inner.weight, torch.full((3, 4), 5.0))
+    holder.inner.weight.partition()
 
 
 def _gradients_and_frozen_parameters(stage: int) -> None:

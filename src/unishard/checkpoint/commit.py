@@ -102,6 +102,8 @@ def _keep_foreign_files(final: Path, draft: Path) -> None:
     for path in final.iterdir():
         if path.name.startswith(".") or path.name == MANIFEST or is_shard(path.name):
             continue
+        if (draft / path.name).exists():  # this one has its own
+            continue
         if path.is_dir():
             shutil.copytree(path, draft / path.name, symlinks=True, copy_function=_link)
         else:

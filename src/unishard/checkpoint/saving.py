@@ -30,6 +30,8 @@ class Place:
     keep_last: int | None = None
     scripts: Mapping[str, str] = field(default_factory=dict)
     """Files that stand beside all checkpoints, by name; existing ones stay."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files of this one, by name."""
 
 
 def begin(place: Place, meeting: Meeting) -> Path:
@@ -91,6 +93,8 @@ def _commit(place: Place, draft: Path, catalogs: list[Catalog]) -> None:
         if not (place.parent / name).exists():
             commit.write_aside(place.parent / name, content.encode(), draft / name)
             (place.parent / name).chmod(0o755)
+    for name, content in place.files.items():
+        commit.write_durably(draft / name, content)
     commit.commit(draft, catalog, place.parent, place.tag)
     if place.latest:
         commit.point_latest(place.parent, place.tag)

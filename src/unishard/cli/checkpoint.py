@@ -29,6 +29,14 @@ TagOption = Annotated[
 FormatOption = Annotated[
     str | None, typer.Option("--from", help="The format, where the files do not tell.", metavar="FORMAT")
 ]
+RanksOption = Annotated[
+    int | None,
+    typer.Option("--ranks", help="For deepspeed: how many ranks load it; default: as many as wrote SOURCE."),
+]
+StageOption = Annotated[
+    int | None,
+    typer.Option("--zero-stage", help="For deepspeed: 1, 2 or 3; default: as SOURCE's configuration says."),
+]
 GroupsOption = Annotated[
     Path | None,
     typer.Option(
@@ -96,7 +104,7 @@ def convert(
     source: PathArgument,
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.", metavar="TARGET")],
     to: Annotated[
-        str, typer.Option("--to", help="unishard, deepspeed-universal, dcp, safetensors or torch.")
+        str, typer.Option("--to", help="unishard, deepspeed-universal, deepspeed, dcp, safetensors or torch.")
     ],
     tag: TagOption = None,
     format: FormatOption = None,
@@ -121,6 +129,8 @@ def convert(
             "--torch-optimizer", help="For DeepSpeed runs that step with one of torch's optimizers."
         ),
     ] = False,
+    ranks: RanksOption = None,
+    zero_stage: StageOption = None,
     new_tag: Annotated[
         str | None, typer.Option("--new-tag", help="Name of the folder inside TARGET.")
     ] = None,
@@ -142,6 +152,8 @@ def convert(
             exclude_frozen=exclude_frozen,
             like=like,
             torch_optimizer=torch_optimizer,
+            ranks=ranks,
+            zero_stage=zero_stage,
             overwrite=overwrite,
             tag=new_tag,
         )

@@ -165,7 +165,10 @@ class Checkpoints:
         }
         name = str(tag or default_tag(engine))
         name = common_tag(name, engine.config.checkpoint.tag_validation.lower())
-        place = Place(Path(folder).absolute(), name, about, latest, keep_last, {"zero_to_fp32.py": EXPORTER})
+        scripts = {"zero_to_fp32.py": EXPORTER, **engine.checkpoint_scripts}
+        parent = Path(folder).absolute()
+        files = engine.checkpoint_files(parent / name, exclude_frozen=exclude_frozen)
+        place = Place(parent, name, about, latest, keep_last, scripts, files)
         contents = contents_of(engine, client_state, exclude_frozen=exclude_frozen)
         if background and not contents.all_here:
             log.warning(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class SaveLoad(Accessors):
     """What `Engine` can do with checkpoints."""
 
+    checkpoint_scripts: Mapping[str, str] = {}
+    """Further files that stand beside checkpoints, by name."""
     _made_checkpoints: Checkpoints | None = None
     _syncs: bool
     _micro: int
@@ -35,6 +37,10 @@ class SaveLoad(Accessors):
 
             self._made_checkpoints = Checkpoints(self._as_engine())
         return self._made_checkpoints
+
+    def checkpoint_files(self, folder: Path, *, exclude_frozen: bool) -> Mapping[str, bytes]:
+        """Further small files of a checkpoint that is going to be at `folder`, by name."""
+        return {}
 
     def _checkpoint_boundary(self) -> None:
         """A step is over: raise what failed in the background; save and leave if a signal asked for it."""

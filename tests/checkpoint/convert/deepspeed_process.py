@@ -22,6 +22,7 @@ WRITTEN: dict[str, Any] = {
     "1-bf16-fp32-gradients": {"data_types": {"grad_accum_dtype": "fp32"}},
 }
 CONTINUED = [(1, "fp32", "two"), (2, "bf16", "two"), (3, "fp32", "one")]
+NATIVE = [(stage, *which) for stage in (1, 2, 3) for which in (("fp32", "two"), ("bf16", "two"))]
 
 
 def start(stage: int, dtype: str, seed: int = 0, one: bool = False, **more: Any) -> Any:
@@ -52,12 +53,23 @@ def go_on(folder: Path, found: dict[str, list[float]]) -> None:
         found[f"{stage}-{dtype}-{groups}"] = runs.train(engine, runs.AFTER)
 
 
+def go_on_natively(folder: Path, found: dict[str, list[float]]) -> None:
+    for stage, dtype, groups in NATIVE:
+        engine = start(stage, dtype, seed=5, one=groups == "one")
+        path, client_state = engine.load_checkpoint(str(folder / f"{max(stage, 2)}-{dtype}-{groups}"))
+        assert path is not None
+        assert client_state["note"] == [1, "two"]
+        assert engine.global_steps == runs.STEPS
+        found[f"native-{stage}-{dtype}-{groups}"] = runs.train(engine, runs.AFTER)
+
+
 def main() -> None:
     folder, results = Path(sys.argv[1]), Path(sys.argv[2])
     deepspeed.init_distributed("gloo")
     found: dict[str, dict[str, list[float]]] = {"written": {}, "continued": {}}
     write(folder, found["written"])
     go_on(folder / "universal", found["continued"])
+    go_on_natively(folder / "native", found["continued"])
     if dist.get_rank() == 0:
         results.write_text(json.dumps(found))
 

@@ -56,6 +56,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory, rank_pool: RankPool) -> Run
         )[0]
         options = Options(torch_optimizer=True)
         convert(folder / "ours" / which, folder / "universal" / which, "deepspeed-universal", options)
+        for stage in (2, 3):
+            native = Options(torch_optimizer=True, ranks=3, zero_stage=stage)
+            convert(folder / "ours" / which, folder / "native" / f"{stage}-{which}", "deepspeed", native)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     results = folder / "losses.json"
@@ -109,10 +112,13 @@ def unishard_writes(folder: str, dtype: str, groups: str) -> list[float]:
 
 
 def test_deepspeed_continues_what_unishard_wrote(theirs: Runs) -> None:
-    assert theirs.continued.keys() == {"1-fp32-two", "2-bf16-two", "3-fp32-one"}
+    universal = {"1-fp32-two", "2-bf16-two", "3-fp32-one"}
+    native = {f"native-{stage}-{dtype}-two" for stage in (1, 2, 3) for dtype in ("fp32", "bf16")}
+    assert theirs.continued.keys() == universal | native
     for which, losses in theirs.continued.items():
         tolerance = 1e-5 if "fp32" in which else 2e-3
-        assert losses == pytest.approx(theirs.expected[which[2:]], rel=tolerance), which
+        dtype_and_groups = which.removeprefix("native-")[2:]
+        assert losses == pytest.approx(theirs.expected[dtype_and_groups], rel=tolerance), which
 
 
 def test_all_stages_hold_the_same(theirs: Runs) -> None:

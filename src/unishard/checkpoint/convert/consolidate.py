@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from unishard.checkpoint.catalog import TensorInfo
+from unishard.checkpoint.convert.aside import aside
 from unishard.checkpoint.convert.format import Opened, Options
+from unishard.checkpoint.convert.hugging_face import shard_names, split_shards, write_index
 from unishard.checkpoint.convert.operations import Converted, convert
 from unishard.checkpoint.convert.registry import open_checkpoint
 from unishard.checkpoint.convert.source import Source
@@ -152,6 +154,41 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         return convert(checkpoint_dir, target, "torch", options, tag=tag)
     pickled = not safe_serialization and target.suffix != ".safetensors"
     return convert(checkpoint_dir, target, "safetensors", replace(options, pickled=pickled), tag=tag)
+
+
+def write_weights(
+    state: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, limit: int, safetensors: bool
+) -> list[Path]:
+    """Write tensors, or `LazyTensor`s, by name into a folder as `from_pretrained` reads it, one file after another.
+
+    Other files in the folder stay, those of the same names are replaced. One object under several names is stored once;
+    safetensors, which has no place for that, has it under the first.
+    """
+    first: dict[int, str] = {}
+    ties = {name: first.setdefault(id(value), name) for name, value in state.items()}
+    infos = {
+        name: TensorInfo(tuple(v.shape), dtype if v.dtype.is_floating_point else v.dtype)
+        for name, v in state.items()
+        if ties[name] == name
+    }
+    shards, weight_map = split_shards(infos, limit), {}
+    names = shard_names(len(shards), pickled=not safetensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, members in zip(names, shards, strict=True):
+        held = {name: state[name].contiguous().to(infos[name].dtype) for name in members}
+        if not safetensors:
+            held |= {name: held[kept] for name, kept in ties.items() if kept in held}
+        with aside(folder / file, folder=False, overwrite=True) as draft:
+            if safetensors:
+                from safetensors.torch import save_file
+
+                save_file(held, draft, metadata={"format": "pt"})
+            else:
+                torch.save(held, draft)
+        weight_map |= dict.fromkeys(held, file)
+    if len(shards) > 1:
+        write_index(folder, weight_map, infos, pickled=not safetensors)
+    return [folder / file for file in names]
 
 
 def parse_size(size: str | int) -> int:

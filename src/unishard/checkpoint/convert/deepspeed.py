@@ -29,6 +29,7 @@ from unishard.checkpoint.convert.format import (
     whole_tensor,
 )
 from unishard.checkpoint.convert.records import verify_records
+from unishard.checkpoint.convert.source import Source
 from unishard.checkpoint.convert.torch_read import Archive, Stored
 from unishard.checkpoint.keys import MODEL
 from unishard.errors import CheckpointError, CorruptCheckpointError, UnsupportedError
@@ -44,7 +45,7 @@ class DeepSpeedFormat:
 
     name = "deepspeed"
     title = "DeepSpeed ZeRO"
-    honours: frozenset[str] = frozenset()
+    honours = frozenset({"overwrite", "ranks", "tag", "torch_optimizer", "zero_stage"})
 
     def detect(self, path: Path) -> bool:
         return (
@@ -75,11 +76,11 @@ class DeepSpeedFormat:
         """Compares each record with the CRC-32 that torch stored with it."""
         return verify_records(opened, progress)
 
-    def write(self, source: Any, target: Path, options: Options) -> tuple[Path, list[str]]:
-        raise UnsupportedError(
-            "DeepSpeed's files of one number of ranks are only read; write deepspeed-universal, which its "
-            'load_checkpoint takes at any number of ranks and stage with "checkpoint": {"load_universal": true}'
-        )
+    def write(self, source: Source, target: Path, options: Options) -> tuple[Path, list[str]]:
+        """For one number of ranks, and stage 1 or 2, or 3."""
+        from unishard.checkpoint.convert.deepspeed_write import write_stage
+
+        return write_stage(source, target, options)
 
 
 def _read_files(path: Path) -> Files:

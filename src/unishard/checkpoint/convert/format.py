@@ -64,6 +64,10 @@ class Options:
     """A Hugging Face model folder whose configuration and tokenizer are copied along."""
     torch_optimizer: bool = False
     """For DeepSpeed: its run steps with one of torch's optimizers, which count steps in tensors."""
+    ranks: int | None = None
+    """For DeepSpeed: how many load it; None for as many as wrote the source."""
+    zero_stage: int | None = None
+    """For DeepSpeed: 1 or 2, which are alike, or 3; None for that of the source's configuration."""
     overwrite: bool = False
     tag: str | None = None
     """The folder's name inside the target, for formats with one folder a step."""

@@ -89,7 +89,7 @@ class HuggingFaceFormat:
             raise CheckpointError(
                 f"{target} is one file; name a folder to have a configuration or other files in it"
             )
-        shards = [list(weights)] if one_file else _shards(weights, options.max_shard_bytes)
+        shards = [list(weights)] if one_file else split_shards(weights, options.max_shard_bytes)
         with aside(target, folder=not one_file, overwrite=options.overwrite) as draft:
             if one_file:
                 _write_file(draft, source, weights)
@@ -162,7 +162,8 @@ def _header(path: Path) -> tuple[Mapping[str, Any], int]:
 # writing --------------------------------------------------------------------------------------------------------
 
 
-def _shards(weights: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
+def split_shards(weights: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
+    """Names of the tensors of each file, in order; a tensor larger than `most` bytes has one of its own."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, info in weights.items():
@@ -175,15 +176,9 @@ def _shards(weights: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
 
 
 def _write_shards(folder: Path, source: Source, shards: list[list[str]], *, pickled: bool) -> None:
-    stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
-    count, weights = len(shards), source.weights()
-    names = (
-        [f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
-        if count > 1
-        else [f"{stem}.{suffix}"]
-    )
+    weights = source.weights()
     weight_map: dict[str, str] = {}
-    for name, members in zip(names, shards, strict=True):
+    for name, members in zip(shard_names(len(shards), pickled=pickled), shards, strict=True):
         if pickled:
             # Tied weights share memory in one file, so they are there under all their names.
             state = weights_to_write(source, members)
@@ -192,8 +187,8 @@ def _write_shards(folder: Path, source: Source, shards: list[list[str]], *, pick
         else:
             _write_file(folder / name, source, {m: weights[m] for m in members})
             weight_map |= dict.fromkeys(members, name)
-    if count > 1:
-        _write_index(folder / (_TORCH_INDEX if pickled else INDEX), weight_map, weights)
+    if len(shards) > 1:
+        write_index(folder, weight_map, weights, pickled=pickled)
 
 
 def _write_file(path: Path, source: Source, weights: Mapping[str, TensorInfo]) -> None:
@@ -218,7 +213,19 @@ def _write_file(path: Path, source: Source, weights: Mapping[str, TensorInfo]) -
                 file.write(raw_bytes(piece))
 
 
-def _write_index(path: Path, weight_map: Mapping[str, str], weights: Mapping[str, TensorInfo]) -> None:
+def shard_names(count: int, *, pickled: bool) -> list[str]:
+    """What `transformers` calls the files of a model in `count` of them."""
+    stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    if count == 1:
+        return [f"{stem}.{suffix}"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
+
+
+def write_index(
+    folder: Path, weight_map: Mapping[str, str], weights: Mapping[str, TensorInfo], *, pickled: bool
+) -> None:
+    """Say which file of a folder has which tensor, as `transformers` reads it."""
+    path = folder / (_TORCH_INDEX if pickled else INDEX)
     total = sum(info.nbytes for info in weights.values())
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

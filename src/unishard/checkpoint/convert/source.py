@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from unishard.checkpoint.boxes import Box, pieces, whole
+from unishard.checkpoint.boxes import Box, boxes_of_run, pieces, whole
 from unishard.checkpoint.catalog import TensorInfo, keys_of
 from unishard.checkpoint.convert.format import Opened, Options, Progress, silent
 from unishard.checkpoint.keys import CLIENT, ENGINE, GROUPS, MODEL, STATE
@@ -124,6 +124,16 @@ class Source:
             target = torch.empty(box.sizes, dtype=dtype or info.dtype)
             self._reader.fill(key, box, target)
             yield box, target
+
+    def run(self, key: str, start: int, stop: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Elements [start, stop) of a tensor in row order, in flat pieces of at most 4 MB."""
+        info = self._catalog.tensors[key]
+        step = max(1, PIECE // info.dtype.itemsize)
+        for first in range(start, stop, step):
+            for box in boxes_of_run(info.shape, first, min(first + step, stop)):
+                target = torch.empty(box.sizes, dtype=dtype)
+                self._reader.fill(key, box, target)
+                yield target.view(-1)
 
     def small(self, key: str) -> torch.Tensor:
         """A whole tensor: for counters."""

@@ -91,12 +91,9 @@ class UniversalFormat:
         with aside(target / tag, folder=True, overwrite=options.overwrite) as draft:
             for name in trained:
                 _write_parameter(draft / "zero" / name, source, name, states.get(name, {}))
-            step = next(
-                (source.small(f"{STATE}.{n}.step") for n in trained if "step" in states.get(n, {})), None
-            )
             _write(
                 draft / "zero" / "optimizer_state.pt",
-                _optimizer_state(groups, _counter(source, step, options)),
+                _optimizer_state(groups, counter_of(source, options)),
             )
             _write_model_files(draft, source, set(states) & set(trained))
         for pointer in ("latest", "latest_universal"):
@@ -193,12 +190,13 @@ def _write_parameter(folder: Path, source: Source, name: str, kinds: Mapping[str
             _write(folder / f"{kind}.pt", source.small(key))
 
 
-def _counter(source: Source, step: torch.Tensor | None, options: Options) -> Any:
-    """Stage 3 gives this one object to all sub groups.
+def counter_of(source: Source, options: Options) -> Any:
+    """The number of steps. Stage 3 gives this one object to all sub groups.
 
     A tensor, which torch's optimizers want, they then advance together; a number, as DeepSpeed's have it, each alone.
     """
-    steps = 0 if step is None else int(step)
+    counted = (name for name, kinds in source.states().items() if "step" in kinds)
+    steps = next((int(source.small(f"{STATE}.{name}.step")) for name in counted), 0)
     configured = (((source.about.get("config") or {}).get("optimizer") or {}).get("params") or {}).get(
         "torch_adam"
     )
@@ -220,12 +218,26 @@ def _optimizer_state(groups: list[dict[str, Any]], step: Any) -> dict[str, Any]:
 
 
 def _write_model_files(draft: Path, source: Source, trained: set[str]) -> None:
-    engine, weights = source.engine(), source.weights()
-    state = weights_to_write(source, [name for name in weights if name not in trained])
-    groups = source.groups()
+    state = weights_to_write(source, [name for name in source.weights() if name not in trained])
     content = {
+        **model_content(source, state, ranks=1),
+        "universal_checkpoint_info": {"universal_checkpoint_version": 0.4},
+    }
+    _write(draft / "mp_rank_00_model_states.pt", content)
+    # Stage 3 looks for a file of its first rank.
+    again = draft / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    try:
+        again.hardlink_to(draft / "mp_rank_00_model_states.pt")
+    except OSError:  # a file system without links
+        shutil.copy2(draft / "mp_rank_00_model_states.pt", again)
+
+
+def model_content(source: Source, module: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """What DeepSpeed's model files hold, for tensors in `module`."""
+    engine, weights, groups = source.engine(), source.weights(), source.groups()
+    return {
         **source.client_state(),
-        "module": state,
+        "module": module,
         "buffer_names": [],
         "optimizer": None,
         "param_shapes": [{n: torch.Size(weights[n].shape) for n in group["params"]} for group in groups],
@@ -238,19 +250,11 @@ def _write_model_files(draft: Path, source: Source, trained: set[str]) -> None:
         "skipped_steps": engine.get("skipped_steps", 0),
         "global_steps": source.step(),
         "global_samples": engine.get("global_samples") or 0,
-        "dp_world_size": 1,
+        "dp_world_size": ranks,
         "mp_world_size": 1,
         "ds_config": source.about.get("config"),
         "ds_version": VERSION,
-        "universal_checkpoint_info": {"universal_checkpoint_version": 0.4},
     }
-    _write(draft / "mp_rank_00_model_states.pt", content)
-    # Stage 3 looks for a file of its first rank.
-    again = draft / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    try:
-        again.hardlink_to(draft / "mp_rank_00_model_states.pt")
-    except OSError:  # a file system without links
-        shutil.copy2(draft / "mp_rank_00_model_states.pt", again)
 
 
 def _schedule(state: Any) -> Any:

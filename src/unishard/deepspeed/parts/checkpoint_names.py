@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,39 +46,3 @@ def _copied(item: Any, device: torch.device, known: dict[tuple[Any, ...], torch.
     if isinstance(item, (list, tuple)):
         return type(item)(_copied(value, device, known) for value in item)
     return item
-
-
-@dataclass(frozen=True)
-class model_3d_desc:
-    """Degrees of pipeline, tensor and data parallelism of a checkpoint."""
-
-    pp_degree: int = 1
-    tp_degree: int = 1
-    dp_degree: int = 1
-
-    def world_size(self) -> int:
-        """Ranks that wrote it."""
-        return self.pp_degree * self.tp_degree * self.dp_degree
-
-    def is_valid(self, pp_index: int, tp_index: int, dp_index: int) -> tuple[bool, list[str]]:
-        """Whether a rank's coordinates exist, and what is wrong with them."""
-        pairs = (
-            ("pp", pp_index, self.pp_degree),
-            ("tp", tp_index, self.tp_degree),
-            ("dp", dp_index, self.dp_degree),
-        )
-        errors = [
-            f"{name} index {index} is not below {degree}" for name, index, degree in pairs if index >= degree
-        ]
-        return not errors, errors
-
-
-def get_model_3d_descriptor(dir: str) -> model_3d_desc:
-    """Read the degrees off the file names of a DeepSpeed checkpoint."""
-    files = os.listdir(dir)
-    zero = [name for name in files if name.endswith("_optim_states.pt")]
-    model = [name for name in files if name.startswith("mp_rank_")]
-    layers = {name.split("-")[0] for name in files if name.startswith("layer_")}
-    tensor = sum(name.startswith(f"{min(layers)}-") for name in files) if layers else max(len(model), 1)
-    pipeline = max(len(model) // tensor, 1) if layers else 1
-    return model_3d_desc(pipeline, tensor, max(len(zero) // (pipeline * tensor), 1))

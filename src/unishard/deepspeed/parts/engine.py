@@ -19,6 +19,7 @@ from unishard.deepspeed.parts.checkpoint_names import (
     get_zero_ckpt_name_for_rank,
 )
 from unishard.deepspeed.parts.configuration import ConfigView
+from unishard.deepspeed.parts.consolidation import SCRIPT
 from unishard.deepspeed.parts.data import DataIO
 from unishard.deepspeed.parts.fragments import note_optimizer
 from unishard.deepspeed.parts.logs import logger
@@ -41,6 +42,8 @@ class DeepSpeedEngine(DataIO, Engine):
 
     `config` is the user's dictionary, as in DeepSpeed; values after resolution are its attributes.
     """
+
+    checkpoint_scripts = {"zero_to_torch.py": SCRIPT}
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -258,8 +261,16 @@ class DeepSpeedEngine(DataIO, Engine):
         self.loaded_checkpoint_tag = Path(path).name
         return path, client_state
 
+    def checkpoint_files(self, folder: Path, *, exclude_frozen: bool) -> Mapping[str, bytes]:
+        if self.zero_optimization_stage() == 3:
+            # DeepSpeed's files of that stage hold no whole weights.
+            return {}
+        from unishard.deepspeed.parts.model_states import NAME, model_states_file
+
+        return {NAME: model_states_file(self, folder, exclude_frozen=exclude_frozen)}
+
     def _get_ckpt_name(self, checkpoints_path: str, tag: str, mp_placeholder: str | None = None) -> str:
-        """Where DeepSpeed would keep the module states. Checkpoints of this engine have other files."""
+        """Where scripts load module states from; of stage 3 there are none, the weights are in the shards alone."""
         return get_model_ckpt_name_for_rank(str(Path(checkpoints_path, str(tag))), mp_placeholder or "00")
 
     def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str:

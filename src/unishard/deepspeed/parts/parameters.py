@@ -107,6 +107,17 @@ def _gathering(sharding: _Sharded) -> Callable[..., None]:
     return all_gather
 
 
+def _gathering_together(sharding: _Sharded) -> Callable[..., Any]:
+    def all_gather_coalesced(params: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
+        from unishard.deepspeed.parts.partitions import MultipleAllGatherHandles
+        from unishard.deepspeed.parts.zero_init import open_parameters
+
+        open_parameters(list(params))
+        return MultipleAllGatherHandles([])
+
+    return all_gather_coalesced
+
+
 def _releasing(sharding: _Sharded) -> Callable[..., None]:
     def partition(
         param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, free_data: bool = True
@@ -139,6 +150,7 @@ _ATTRIBUTES: dict[str, Callable[[_Sharded], Any]] = {
         }
     ),
     "all_gather": _gathering,
+    "all_gather_coalesced": _gathering_together,
     "partition": _releasing,
     "partition_numel": lambda s: lambda: -(-prod(s.shape) // _ranks(s)),
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from unishard.config import ResolvedConfig
+from unishard.deepspeed.parts.flat_state import flat_masters, put_masters, show_flat_state
 from unishard.deepspeed.parts.optimizers import FusedAdam
 from unishard.optim.loss_scale import NoLossScale
 from unishard.optim.sharded import ShardedOptimizer
@@ -130,6 +131,34 @@ class PlainFusedAdam(PlainOptimizer):
 class ZeROOptimizer(DeepSpeedOptimizer):
     """Base of the optimizers of ZeRO."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        show_flat_state(self)
+
+    _STATE, _MASTERS = "base_optimizer_state", "single_partition_of_fp32_groups"
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part under DeepSpeed's keys: loss scale, flat fp32 elements and flat state of each group."""
+        own = super().state_dict()
+        return {
+            "zero_stage": 3 if isinstance(self, DeepSpeedZeroOptimizer_Stage3) else 2,
+            "loss_scaler": own["loss_scale"],
+            "dynamic_loss_scale": self.dynamic_loss_scale,
+            "overflow": self.overflow,
+            "clip_grad": self.clip_grad,
+            self._STATE: own["inner"],
+            self._MASTERS: flat_masters(self.members),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue with what `state_dict` gave on the same rank of as many. All ranks call together."""
+        if self._STATE not in state_dict:
+            super().load_state_dict(state_dict)
+            return
+        super().load_state_dict({"inner": state_dict[self._STATE], "loss_scale": state_dict["loss_scaler"]})
+        put_masters(self.members, state_dict[self._MASTERS])
+        self._refresh(self._schedule.groups)
+
     nccl_start_alignment_factor = 2
     """Parts of `parallel_partitioned_bit16_groups` start at multiples of this many elements."""
 
@@ -192,6 +221,8 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
 
 class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
     """ZeRO-3."""
+
+    _STATE, _MASTERS = "optimizer_state_dict", "fp32_flat_groups"
 
     @property
     def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unishard.deepspeed.entries import Names, absent, constants, part, spelled
-from unishard.deepspeed.surface.reasons import CONVERT
+from unishard.deepspeed.surface.reasons import CONVERT, EXPERTS
 
 _KEYS = {
     **spelled("OPTIMIZER_STATE_DICT", "FP32_GROUPS", "FP32_FLAT_GROUPS", "BASE_OPTIMIZER_STATE"),
@@ -33,6 +33,12 @@ _KEYS = {
     ),
     **constants(BF16_ZERO_FILE_PREFIX="bf16_zero_pp_rank_", FP16_ZERO_FILE_PREFIX="fp16_zero_pp_rank_"),
     **constants(
+        CHECKPOINT_PARALLEL_DIMS="checkpoint_parallel_dimensions",
+        CHECKPOINT_PP_DEGREE="pp_degree",
+        CHECKPOINT_TP_DEGREE="tp_degree",
+        AUTOEP_LAYERS_KEY="ds_autoep_layers",
+    ),
+    **constants(
         UNIVERSAL_CHECKPOINT_VERSION_KEY="universal_checkpoint_version",
         UNIVERSAL_CHECKPOINT_VERSION_VALUE=0.4,
     ),
@@ -43,10 +49,9 @@ _NAMES = part(
     "get_model_ckpt_name_for_rank",
     "get_zero_ckpt_name_for_rank",
 )
-_READERS = absent(CONVERT, "DeepSpeedCheckpoint", "ZeROCheckpoint")
-_DESCRIPTORS = part(
-    "checkpoint_names", "model_3d_desc", "get_model_3d_descriptor", note="descriptions of files only"
-)
+_READERS = {**absent(CONVERT, "DeepSpeedCheckpoint"), **part("checkpoint_files", "ZeROCheckpoint")}
+_DESCRIPTORS = part("checkpoint_files", "model_3d_desc", "get_model_3d_descriptor")
+_MERGE = part("checkpoint_files", "merge_state")
 
 CHECKPOINTS: dict[str, Names] = {
     "checkpoint": {
@@ -54,18 +59,19 @@ CHECKPOINTS: dict[str, Names] = {
         **_NAMES,
         **_READERS,
         **_DESCRIPTORS,
-        **absent(
-            CONVERT, "enable_universal_checkpoint", "SubparamShape", "merge_state", "reshape_meg_2d_parallel"
-        ),
+        **_MERGE,
+        **absent(CONVERT, "enable_universal_checkpoint", "SubparamShape", "reshape_meg_2d_parallel"),
     },
     "checkpoint.constants": _KEYS,
     "checkpoint.utils": {**_NAMES, **part("checkpoint_names", "clone_tensors_for_torch_save")},
     "checkpoint.deepspeed_checkpoint": {**absent(CONVERT, "DeepSpeedCheckpoint")},
-    "checkpoint.zero_checkpoint": {**absent(CONVERT, "ZeROCheckpoint")},
+    "checkpoint.zero_checkpoint": {**part("checkpoint_files", "ZeROCheckpoint")},
+    "checkpoint.reshape_utils": _MERGE,
     "checkpoint.reshape_3d_utils": _DESCRIPTORS,
     "checkpoint.ds_to_universal": {
         **part("universal", "main", "parse_arguments"),
         **absent(CONVERT, "dp_index_to_str"),
+        **absent(EXPERTS, "_aggregate_autoep_zero12_metadata"),
     },
     "checkpoint.universal_checkpoint": {
         **absent(CONVERT, "enable_universal_checkpoint", "load_hp_checkpoint_state")

@@ -18,4 +18,7 @@ DATA = "DeepSpeed's data pipeline is not part of unishard; sample and order the 
 COMPRESSED = "compressed communication is not part of this version; use AdamW"
 INTERNAL = "an internal of DeepSpeed's own implementation, with nothing behind it here"
 WHOLE = "it needs norms of whole tensors, and optimizers here see shards; use AdamW"
-CONVERT = "conversion is not part of this version: unishard's own checkpoints load at any number of ranks and any stage"
+CONVERT = (
+    "checkpoints here have other files, which load at any number of ranks and any stage; `unishard ckpt convert --to "
+    "deepspeed` writes DeepSpeed's"
+)

@@ -69,6 +69,7 @@ RUNNING: dict[str, Names] = {
     "runtime": {},
     "runtime.engine": {
         **part("engine", "DeepSpeedEngine"),
+        **part("checkpoint_files", _checkpoint_parallel_metadata="checkpoint_parallel_metadata"),
         **_OPTIMIZER_NAMES,
         **part(
             "zero_optimizers",

@@ -156,11 +156,15 @@ SERVICES: dict[str, Names] = {
     "utils.zero_to_fp32": {
         **part(
             "consolidation",
+            "OUTPUT_DTYPE_NAMES",
             "convert_zero_checkpoint_to_fp32_state_dict",
+            "convert_zero_checkpoint_to_state_dict",
             "get_fp32_state_dict_from_zero_checkpoint",
             "load_state_dict_from_zero_checkpoint",
+            "to_torch_tensor",
         )
     },
+    "utils.zero_to_torch": {**part("consolidation", "main")},
     "utils.bwc": {
         **part(
             "modules",
