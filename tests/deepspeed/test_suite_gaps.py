@@ -16,7 +16,8 @@ from unishard.deepspeed.parts.accelerator import CPU_Accelerator
 from unishard.deepspeed.parts.config_models import DeepSpeedFP16Config
 from unishard.deepspeed.parts.config_object import DeepSpeedConfig
 from unishard.deepspeed.parts.configuration import DeepSpeedConfigError, with_defaults
-from unishard.deepspeed.parts.optimizers import FusedAdam
+from unishard.deepspeed.parts.numerics import count_used_parameters_in_backward
+from unishard.deepspeed.parts.optimizers import DeepSpeedCPUAdam, FusedAdam
 from unishard.deepspeed.parts.universal import main as to_universal
 
 deepspeed: Any = importlib.import_module("unishard.deepspeed")
@@ -144,6 +145,61 @@ def test_command_line_flags_of_schedules():
     rate, problem = schedules.get_lr_from_config({"type": "WarmupCosineLR", "params": {}})
     assert rate is None
     assert "WarmupCosineLR" in problem
+
+
+def test_parts_of_a_model_step_in_turn_and_step_back():
+    torch.manual_seed(0)
+    one, other = weight(), weight()
+    optimizer = DeepSpeedCPUAdam([one], lr=0.1, weight_decay=0.1)
+    before: list[torch.Tensor] = []
+    for grad in (0.5, -2.0, 1.0):
+        for key, param in enumerate((one, other)):
+            optimizer.param_groups[0]["params"] = [param]
+            param.grad = torch.full((1,), grad)
+            before = [param.detach().clone(), *(s.clone() for s in optimizer.state.get(key, {}).values())]
+            optimizer.step_subgroup(key)
+    assert torch.equal(one, other)
+    optimizer.rollback_subgroup(1)
+    assert optimizer.state[1]["step"] == 2
+    for found, wanted in zip((other.detach(), *optimizer.state[1].values()), before, strict=True):
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(RuntimeError, match="sub_group_id 7"):
+        optimizer.rollback_subgroup(7)
+
+
+def test_used_parameters_are_counted_in_backward_only(monkeypatch):
+    used, other = weight(), weight()
+    found = []
+    used.register_hook(lambda grad: found.append(count_used_parameters_in_backward([used, other])))
+    (used * 2).sum().backward()
+    assert found == [1]
+    with pytest.raises(RuntimeError, match="during backward"):
+        count_used_parameters_in_backward([used])
+    monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+    assert count_used_parameters_in_backward([used, other, weight().detach(), None]) == 2
+
+
+def test_small_functions_of_utils(tmp_path, capsys):
+    deepspeed.utils.debug.printflock("seen")
+    assert capsys.readouterr().out == "seen\n"
+    for rank in (10, 2):
+        (tmp_path / f"zero_{rank}_optim_states.pt").touch()
+    files = deepspeed.utils.zero_to_fp32.get_optim_files(tmp_path)
+    assert [name.rpartition("/")[2] for name in files] == [
+        "zero_2_optim_states.pt",
+        "zero_10_optim_states.pt",
+    ]
+    with pytest.raises(FileNotFoundError, match="_model_states"):
+        deepspeed.utils.zero_to_fp32.get_model_state_files(tmp_path)
+    for every in (0, 1.5):
+        with pytest.raises(ValueError, match="steps_per_output must be"):
+            deepspeed.utils.timer.ThroughputTimer(steps_per_output=every)
+    scale = deepspeed.checkpointing.checkpoint(torch.mul, torch.ones(1), other=torch.full((1,), 3.0))
+    assert scale.item() == 3.0
+    with pytest.raises(AssertionError, match="not divisible by 3"):
+        deepspeed.utils.groups._ensure_divisibility(8, 3)
+    params = {"lr": 1e-3, "max_grad_norm": 1.0}
+    DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "Adam", "params": params}})
 
 
 # on ranks ---------------------------------------------------------------------------------------------------

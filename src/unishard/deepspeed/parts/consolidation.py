@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,26 @@ from unishard.checkpoint.catalog import keys_of
 from unishard.checkpoint.commit import find
 
 _MODEL = "model"
+
+
+def get_optim_files(checkpoint_dir: str | Path) -> list[str]:
+    """Files of optimizer states in a folder that DeepSpeed wrote, in the order of their ranks."""
+    return _rank_files(checkpoint_dir, "*_optim_states.pt")
+
+
+def get_model_state_files(checkpoint_dir: str | Path) -> list[str]:
+    """Files of model states in a folder that DeepSpeed wrote, in the order of their ranks."""
+    return _rank_files(checkpoint_dir, "*_model_states.pt")
+
+
+def _rank_files(folder: str | Path, pattern: str) -> list[str]:
+    def rank(path: str) -> list[tuple[int, str]]:
+        return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]
+
+    found = sorted((str(path) for path in Path(folder).glob(pattern)), key=rank)
+    if not found:
+        raise FileNotFoundError(f"no {pattern} in {folder}: not a folder of one of DeepSpeed's checkpoints")
+    return found
 
 
 def get_fp32_state_dict_from_zero_checkpoint(

@@ -5,7 +5,8 @@ Under the engine each steps whole shards through unishard's kernels; on plain pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +88,65 @@ class DeepSpeedCPUAdam(_Adam):
         }
         self._setup(model_params, adamw_mode, {**options, "bias_correction": bias_correction})
         self.adam_w_mode, self.fp32_optimizer_states = adamw_mode, fp32_optimizer_states
+
+    def step_subgroup(self, subgroup_id: int, closure: Any = None) -> Any:
+        """As `step`, with the state kept under `subgroup_id`: parameters may be swapped between calls."""
+        with _lent(self, subgroup_id):
+            return self.step(closure)
+
+    def rollback_subgroup(self, sub_group_id: int, closure: Any = None) -> None:
+        """Undo the last `step_subgroup`, from the gradients it saw, which must still be there.
+
+        Raises:
+            RuntimeError: the part of the model has taken no step.
+        """
+        states: dict[Any, Any] = self.state
+        count = states[sub_group_id].get("step") if sub_group_id in states else None
+        if count is None:
+            raise RuntimeError(
+                f"Cannot rollback optimizer state for sub_group_id {sub_group_id}: there is none"
+            )
+        if count == 0:
+            raise RuntimeError(f"Cannot rollback sub_group_id {sub_group_id}: step count is 0")
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    _undo_adam(param, states[sub_group_id], group)
+
+
+@contextmanager
+def _lent(optimizer: torch.optim.Optimizer, key: Any) -> Iterator[None]:
+    """Inside, each parameter steps with the state that is kept under `key`, one for all as in DeepSpeed."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {param: optimizer.state.pop(param) for param in params if param in optimizer.state}
+    state = optimizer.state.setdefault(key, {})
+    try:
+        for param in params:
+            optimizer.state[param] = state
+        yield
+    finally:
+        for param in params:
+            optimizer.state.pop(param, None)
+        optimizer.state.update(own)
+
+
+def _undo_adam(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Take back what one step of Adam with bias correction did to `param` and `state`, given its gradient."""
+    assert param.grad is not None
+    first, second = group["betas"]
+    step, grad = float(state["step"]), param.grad.detach().to(state["exp_avg"].dtype)
+    values = param.detach().to(grad.dtype)
+    spread = (state["exp_avg_sq"] / (1 - second**step)).sqrt().add_(group["eps"])
+    values = values + group["lr"] * (state["exp_avg"] / (1 - first**step)) / spread
+    decay = group["weight_decay"]
+    if group["decoupled_weight_decay"]:
+        values = values / (1 - group["lr"] * decay)
+    elif decay:
+        grad = grad + decay * values
+    param.detach().copy_(values)
+    state["exp_avg"].sub_(grad, alpha=1 - first).div_(first)
+    state["exp_avg_sq"].addcmul_(grad, grad, value=second - 1).div_(second).clamp_(min=0)
+    state["step"] -= 1
 
 
 class FusedLion(Lion):
