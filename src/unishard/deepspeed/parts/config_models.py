@@ -185,6 +185,13 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
             raise ValueError(f"fp16.loss_scale must be a finite number, and is {value}; 0 is a dynamic one")
         return value
 
+    @field_validator("loss_scale_window", "min_loss_scale", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"it must be a number of at least 1, and is {value}")
+        return value
+
     def initial_dynamic_scale(self) -> float:
         return 2**self.initial_scale_power
 

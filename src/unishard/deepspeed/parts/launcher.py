@@ -16,6 +16,8 @@ from typing import Any
 from unishard.errors import UnsupportedError
 
 DLTS_HOSTFILE = "/job/hostfile"
+DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+"""Where libraries leave variables for processes on other hosts."""
 _LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*$")
 
 

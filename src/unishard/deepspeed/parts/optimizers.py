@@ -100,7 +100,7 @@ class DeepSpeedCPUAdam(_Adam):
         Raises:
             RuntimeError: the part of the model has taken no step.
         """
-        states: dict[Any, Any] = self.state
+        states: Any = self.state
         count = states[sub_group_id].get("step") if sub_group_id in states else None
         if count is None:
             raise RuntimeError(

@@ -62,6 +62,10 @@ def configure(
         "checkpoint_in_cpu": section.get("cpu_checkpointing", False) or checkpoint_in_cpu,
     }
     wanted = [name for name, value in asked.items() if value]
+    if asked["contiguous_checkpointing"] and not (num_checkpoints or section.get("number_checkpoints")):
+        raise AssertionError(
+            "contiguous_checkpointing needs num_checkpoints, the number of layers recomputed"
+        )
     if wanted:
         raise UnsupportedError(
             f"checkpointing.configure({', '.join(wanted)}): kept inputs stay whole and on the device in this version; "

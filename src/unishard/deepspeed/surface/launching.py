@@ -20,7 +20,7 @@ LAUNCHING: dict[str, Names] = {
     "launcher.runner": {
         **part("launcher", "main", note="one host; on several, run torchrun on each"),
         **part("launcher", "parse_args", "fetch_hostfile", "parse_resource_filter", "parse_inclusion_exclusion"),
-        **part("launcher", "encode_world_info", "_parse_hostfile", "DLTS_HOSTFILE"),
+        **part("launcher", "encode_world_info", "_parse_hostfile", "DLTS_HOSTFILE", "DEEPSPEED_ENVIRONMENT_NAME"),
         **part("accelerator", "get_accelerator"),
         **absent(TUNING, "run_autotuning"),
     },
