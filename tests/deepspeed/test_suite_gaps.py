@@ -167,6 +167,31 @@ def test_parts_of_a_model_step_in_turn_and_step_back():
         optimizer.rollback_subgroup(7)
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype"), [({}, torch.float32), ({"fp32_optimizer_states": False}, torch.bfloat16)]
+)
+def test_half_precision_parameters_are_updated_in_fp32(options, dtype):
+    torch.manual_seed(0)
+    start = torch.randn(64).bfloat16()
+    narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    ours = DeepSpeedCPUAdam([narrow, weight()], lr=1e-2, **options)
+    torchs = torch.optim.AdamW([wide], lr=1e-2, weight_decay=0.0)
+    calls: list[int] = []
+    ours.register_step_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        grad = torch.randn(64)
+        narrow.grad, wide.grad = grad.bfloat16(), grad.bfloat16().float()
+        ours.step()
+        torchs.step()
+    assert len(calls) == 3
+    assert ours.state[narrow]["exp_avg"].dtype is dtype
+    assert narrow.grad is not None
+    torch.testing.assert_close(narrow.float(), wide, rtol=0.02, atol=0.01)
+    if options:
+        with pytest.raises(DeepSpeedConfigError, match="under an engine states are fp32"):
+            deepspeed.initialize(model=nn.Linear(1, 1), optimizer=ours, config={"train_batch_size": 1})
+
+
 def test_used_parameters_are_counted_in_backward_only(monkeypatch):
     used, other = weight(), weight()
     found = []

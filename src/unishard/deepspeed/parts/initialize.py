@@ -67,6 +67,11 @@ def initialize(
     """
     if model is None:
         raise DeepSpeedConfigError("deepspeed.initialize requires a model")
+    if getattr(optimizer, "fp32_optimizer_states", True) is False:
+        raise DeepSpeedConfigError(
+            f"{type(optimizer).__name__}(fp32_optimizer_states=False): under an engine states are fp32, as the masters "
+            "are; leave it out"
+        )
     raw = _config_of(args, config if config is not None else config_params)
     if dist_init_required is not False:
         init_distributed(distributed_port=distributed_port)

@@ -30,6 +30,66 @@ class _Adam(torch.optim.Adam):
             )
         super().__init__(params, decoupled_weight_decay=decoupled, **options)
 
+    def _state_dtype(self, param: Tensor) -> torch.dtype:
+        """Of the moments of a half-precision parameter; the engine's shards are fp32, and so are their moments."""
+        return param.dtype
+
+    def step(self, closure: Any = None) -> Any:
+        """As torch's. Half-precision parameters are updated in fp32 and rounded once."""
+        narrow = {
+            param: param.grad
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None and param.dtype.itemsize < 4 and not param.grad.is_sparse
+        }
+        if not narrow:
+            return _torch_step()(self, closure)
+        if closure is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__}.step(closure): half-precision parameters step without one"
+            )
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in narrow:
+                        _step_narrow(param, self.state[param], group, self._state_dtype(param))
+        for param in narrow:
+            param.grad = None
+        _torch_step()(self)
+        for param, grad in narrow.items():
+            param.grad = grad
+        return None
+
+
+def _torch_step() -> Any:
+    """`torch.optim.Adam.step` without the hooks around it, which run around ours."""
+    step: Any = torch.optim.Adam.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def _step_narrow(param: Tensor, state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> None:
+    """One update of a half-precision parameter by torch's own Adam, on fp32 copies; moments rest in `dtype`."""
+    from torch.optim.adam import adam
+
+    if not state:
+        state["step"] = torch.zeros(())
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        state.update({name: torch.zeros_like(param, dtype=dtype) for name in names})
+    names = [name for name in state if name != "step"]
+    wide = {name: state[name].float() for name in names}
+    weight, first = param.float(), group["betas"]
+    assert param.grad is not None
+    adam(
+        [weight], [param.grad.float()], [wide["exp_avg"]], [wide["exp_avg_sq"]],
+        [wide["max_exp_avg_sq"]] if group["amsgrad"] else [], [state["step"]],
+        foreach=False, decoupled_weight_decay=group["decoupled_weight_decay"], amsgrad=group["amsgrad"],
+        beta1=first[0], beta2=first[1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        maximize=group["maximize"],
+    )  # fmt: skip
+    param.copy_(weight)
+    for name in names:
+        state[name].copy_(wide[name])
+
 
 class FusedAdam(_Adam):
     """Adam on the device; `adam_w_mode` (the default) decays weights apart from the gradient.
@@ -78,7 +138,6 @@ class DeepSpeedCPUAdam(_Adam):
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        _need_fp32(self, fp32_optimizer_states)
         options = {
             "lr": lr,
             "betas": tuple(betas),
@@ -88,6 +147,9 @@ class DeepSpeedCPUAdam(_Adam):
         }
         self._setup(model_params, adamw_mode, {**options, "bias_correction": bias_correction})
         self.adam_w_mode, self.fp32_optimizer_states = adamw_mode, fp32_optimizer_states
+
+    def _state_dtype(self, param: Tensor) -> torch.dtype:
+        return torch.float32 if self.fp32_optimizer_states else param.dtype
 
     def step_subgroup(self, subgroup_id: int, closure: Any = None) -> Any:
         """As `step`, with the state kept under `subgroup_id`: parameters may be swapped between calls."""
