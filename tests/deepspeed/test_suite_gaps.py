@@ -221,6 +221,11 @@ def test_small_functions_of_utils(tmp_path, capsys):
             deepspeed.utils.timer.ThroughputTimer(steps_per_output=every)
     scale = deepspeed.checkpointing.checkpoint(torch.mul, torch.ones(1), other=torch.full((1,), 3.0))
     assert scale.item() == 3.0
+    with pytest.raises(AssertionError, match="number of layers"):
+        deepspeed.checkpointing.configure(contiguous_checkpointing=True)
+    assert deepspeed.checkpointing.PARTITION_ACTIVATIONS is False
+    split = deepspeed.runtime.utils.partition_balanced([1, 1, 1, 1, 0, 1], 4)
+    assert split == [0, 1, 2, 3, 6]
     with pytest.raises(AssertionError, match="not divisible by 3"):
         deepspeed.utils.groups._ensure_divisibility(8, 3)
     params = {"lr": 1e-3, "max_grad_norm": 1.0}

@@ -67,7 +67,7 @@ def partition_balanced(weights: Sequence[float], num_parts: int) -> list[int]:
                 run = sums[end] - sums[start]
                 high, low = max(before[1], run), min(before[2], run)
                 known = best.get((end, parts))
-                if known is None or high - low <= known[0]:
+                if known is None or high - low < known[0]:
                     best[end, parts] = high - low, high, low, start
     bounds = [items]
     for parts in range(num_parts, 0, -1):

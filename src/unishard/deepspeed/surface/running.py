@@ -195,7 +195,11 @@ RUNNING: dict[str, Names] = {
             "partition_activations_in_checkpoint",
             "reset",
             "set_num_layers",
-        )
+        ),
+        # Globals of DeepSpeed's that scripts read, and set back: what `configure` leaves off here.
+        **constants(PARTITION_ACTIVATIONS=False, CONTIGUOUS_CHECKPOINTING=False, CPU_CHECKPOINT=False),
+        **constants(SYNCHRONIZE=False, PROFILE_TIME=False, deepspeed_checkpointing_enabled=False),
+        **constants(num_layers=None, mpu=None),
     },
     "runtime.activation_checkpointing.config": {
         **part("config_models", "DeepSpeedActivationCheckpointingConfig")
