@@ -204,7 +204,10 @@ def test_used_parameters_are_counted_in_backward_only(monkeypatch):
     assert count_used_parameters_in_backward([used, other, weight().detach(), None]) == 2
 
 
-def test_small_functions_of_utils(tmp_path, capsys):
+def test_small_functions_of_utils(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="numactl"):
+        deepspeed.utils.numa.get_numactl_cmd("0-3", 2, 0)
     deepspeed.utils.debug.printflock("seen")
     assert capsys.readouterr().out == "seen\n"
     for rank in (10, 2):
@@ -219,6 +222,9 @@ def test_small_functions_of_utils(tmp_path, capsys):
     for every in (0, 1.5):
         with pytest.raises(ValueError, match="steps_per_output must be"):
             deepspeed.utils.timer.ThroughputTimer(steps_per_output=every)
+    timer = deepspeed.utils.timer.ThroughputTimer(steps_per_output=3)
+    timer.global_step_count = 6
+    assert timer._is_report_boundary()
     scale = deepspeed.checkpointing.checkpoint(torch.mul, torch.ones(1), other=torch.full((1,), 3.0))
     assert scale.item() == 3.0
     with pytest.raises(AssertionError, match="number of layers"):

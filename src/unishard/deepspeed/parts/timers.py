@@ -157,12 +157,12 @@ class ThroughputTimer:
             raise ValueError(f"steps_per_output must be a positive integer or None, not {steps_per_output!r}")
         self.batch_size, self.start_step = max(batch_size, 1), start_step
         self.steps_per_output = steps_per_output
-        self._is_report_boundary()
         self.initialized = self.started = False
         self.micro_step_count = self.global_step_count = 0
         self.start_time = self.end_time = 0.0
         self.step_elapsed_time = self.total_elapsed_time = 0.0
         """Seconds of the step under way, and of all that count."""
+        self._is_report_boundary()
 
     def start(self) -> None:
         self.initialized = self.started = True
