@@ -144,6 +144,7 @@ CANDIDATES = [
     "bf16",
     "Fail",
     "Ignore",
+    "WARNING",
     "fp16",
     "mean",
     "sum",

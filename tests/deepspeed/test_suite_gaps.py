@@ -16,7 +16,8 @@ from unishard.deepspeed.parts.accelerator import CPU_Accelerator
 from unishard.deepspeed.parts.config_models import DeepSpeedFP16Config
 from unishard.deepspeed.parts.config_object import DeepSpeedConfig
 from unishard.deepspeed.parts.configuration import DeepSpeedConfigError, with_defaults
-from unishard.deepspeed.parts.optimizers import FusedAdam
+from unishard.deepspeed.parts.numerics import count_used_parameters_in_backward
+from unishard.deepspeed.parts.optimizers import DeepSpeedCPUAdam, FusedAdam
 from unishard.deepspeed.parts.universal import main as to_universal
 
 deepspeed: Any = importlib.import_module("unishard.deepspeed")
@@ -144,6 +145,97 @@ def test_command_line_flags_of_schedules():
     rate, problem = schedules.get_lr_from_config({"type": "WarmupCosineLR", "params": {}})
     assert rate is None
     assert "WarmupCosineLR" in problem
+
+
+def test_parts_of_a_model_step_in_turn_and_step_back():
+    torch.manual_seed(0)
+    one, other = weight(), weight()
+    optimizer = DeepSpeedCPUAdam([one], lr=0.1, weight_decay=0.1)
+    before: list[torch.Tensor] = []
+    for grad in (0.5, -2.0, 1.0):
+        for key, param in enumerate((one, other)):
+            optimizer.param_groups[0]["params"] = [param]
+            param.grad = torch.full((1,), grad)
+            before = [param.detach().clone(), *(s.clone() for s in optimizer.state.get(key, {}).values())]
+            optimizer.step_subgroup(key)
+    assert torch.equal(one, other)
+    optimizer.rollback_subgroup(1)
+    assert optimizer.state[1]["step"] == 2
+    for found, wanted in zip((other.detach(), *optimizer.state[1].values()), before, strict=True):
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(RuntimeError, match="sub_group_id 7"):
+        optimizer.rollback_subgroup(7)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [({}, torch.float32), ({"fp32_optimizer_states": False}, torch.bfloat16)]
+)
+def test_half_precision_parameters_are_updated_in_fp32(options, dtype):
+    torch.manual_seed(0)
+    start = torch.randn(64).bfloat16()
+    narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    ours = DeepSpeedCPUAdam([narrow, weight()], lr=1e-2, **options)
+    torchs = torch.optim.AdamW([wide], lr=1e-2, weight_decay=0.0)
+    calls: list[int] = []
+    ours.register_step_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        grad = torch.randn(64)
+        narrow.grad, wide.grad = grad.bfloat16(), grad.bfloat16().float()
+        ours.step()
+        torchs.step()
+    assert len(calls) == 3
+    assert ours.state[narrow]["exp_avg"].dtype is dtype
+    assert narrow.grad is not None
+    torch.testing.assert_close(narrow.float(), wide, rtol=0.02, atol=0.01)
+    if options:
+        with pytest.raises(DeepSpeedConfigError, match="under an engine states are fp32"):
+            deepspeed.initialize(model=nn.Linear(1, 1), optimizer=ours, config={"train_batch_size": 1})
+
+
+def test_used_parameters_are_counted_in_backward_only(monkeypatch):
+    used, other = weight(), weight()
+    found = []
+    used.register_hook(lambda grad: found.append(count_used_parameters_in_backward([used, other])))
+    (used * 2).sum().backward()
+    assert found == [1]
+    with pytest.raises(RuntimeError, match="during backward"):
+        count_used_parameters_in_backward([used])
+    monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+    assert count_used_parameters_in_backward([used, other, weight().detach(), None]) == 2
+
+
+def test_small_functions_of_utils(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="numactl"):
+        deepspeed.utils.numa.get_numactl_cmd("0-3", 2, 0)
+    deepspeed.utils.debug.printflock("seen")
+    assert capsys.readouterr().out == "seen\n"
+    for rank in (10, 2):
+        (tmp_path / f"zero_{rank}_optim_states.pt").touch()
+    files = deepspeed.utils.zero_to_fp32.get_optim_files(tmp_path)
+    assert [name.rpartition("/")[2] for name in files] == [
+        "zero_2_optim_states.pt",
+        "zero_10_optim_states.pt",
+    ]
+    with pytest.raises(FileNotFoundError, match="_model_states"):
+        deepspeed.utils.zero_to_fp32.get_model_state_files(tmp_path)
+    for every in (0, 1.5):
+        with pytest.raises(ValueError, match="steps_per_output must be"):
+            deepspeed.utils.timer.ThroughputTimer(steps_per_output=every)
+    timer = deepspeed.utils.timer.ThroughputTimer(steps_per_output=3)
+    timer.global_step_count = 6
+    assert timer._is_report_boundary()
+    scale = deepspeed.checkpointing.checkpoint(torch.mul, torch.ones(1), other=torch.full((1,), 3.0))
+    assert scale.item() == 3.0
+    with pytest.raises(AssertionError, match="number of layers"):
+        deepspeed.checkpointing.configure(contiguous_checkpointing=True)
+    assert deepspeed.checkpointing.PARTITION_ACTIVATIONS is False
+    split = deepspeed.runtime.utils.partition_balanced([1, 1, 1, 1, 0, 1], 4)
+    assert split == [0, 1, 2, 3, 6]
+    with pytest.raises(AssertionError, match="not divisible by 3"):
+        deepspeed.utils.groups._ensure_divisibility(8, 3)
+    params = {"lr": 1e-3, "max_grad_norm": 1.0}
+    DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "Adam", "params": params}})
 
 
 # on ranks ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Annotated
 from unishard.config.fields import (
     Count,
     Honoured,
+    LogLevel,
     PrintInterval,
     Refused,
     Section,
@@ -75,9 +76,7 @@ class MonitoringKeys(Section):
         bool, Translated("no memory report is printed; print torch.cuda.memory_summary() where you want one")
     ] = False
     dump_state: Annotated[bool, Honoured()] = False
-    log_level: Annotated[
-        str | None, Refused("log levels are Python's", 'call logging.getLogger("unishard").setLevel(...)')
-    ] = None
+    log_level: Annotated[LogLevel | None, Honoured()] = None
     seed: Annotated[int | None, Honoured()] = None
     vocabulary_size: Annotated[
         int | None, Translated("it only warned about sizes that are not multiples of 8")

@@ -314,7 +314,9 @@ class Communicator:
         """Copy `tensor` from rank `source` of this axis to all, in place; blocks."""
         if self.size > 1:
             count(op, tensor.numel() * tensor.element_size() if self.rank == source else 0, control=True)
-            dist.broadcast(tensor, group=self.group, group_src=source)
+            # Backends do not know floats of a byte; their bytes travel as well.
+            narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+            dist.broadcast(tensor.view(torch.uint8) if narrow else tensor, group=self.group, group_src=source)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Return rank `source`'s picklable `value` on every rank; blocks."""

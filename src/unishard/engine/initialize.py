@@ -107,6 +107,8 @@ def initialize(
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
     ensure_process_group(device)
     rc, axes = _resolve(args, config if config is not None else config_params, model, mesh, device)
+    if rc.log_level is not None:
+        log.setLevel(rc.log_level)
     _log_once(rc)
     _configure_checkpointing(rc)
     if rc.seed is not None:
@@ -224,13 +226,13 @@ def _refuses_casts(rc: ResolvedConfig) -> bool:
 
 
 def _cast_buffers(model: nn.Module, rc: ResolvedConfig) -> None:
-    """As DeepSpeed's `module.half()` does: floating buffers follow the compute dtype, or `buffer_dtype`."""
-    dtype = as_dtype(rc.buffer_dtype or rc.compute_dtype)
-    if dtype is torch.float32 and rc.buffer_dtype is None:
+    """Floating buffers follow `buffer_dtype`; without it they stay what they are (rotary frequencies: fp32)."""
+    if rc.buffer_dtype is None:
         return
+    dtype = as_dtype(rc.buffer_dtype)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize > 1:
                 module._buffers[name] = buffer.to(dtype)
 
 

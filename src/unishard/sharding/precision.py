@@ -74,8 +74,11 @@ class GroupPrecision:
 
 
 def resolve_precision(policy: MixedPrecision, original: torch.dtype) -> GroupPrecision:
-    """Fill the gaps of `policy` for parameters of dtype `original`; integer parameters keep theirs throughout."""
-    if not original.is_floating_point:
+    """Fill the gaps of `policy` for parameters of dtype `original`.
+
+    Integer parameters, and quantized ones (floats of a byte and less), keep theirs throughout.
+    """
+    if not original.is_floating_point or original.itemsize == 1:
         return GroupPrecision(original, original, original, original)
     compute = policy.param_dtype or original
     master = policy.master_dtype or original

@@ -68,6 +68,7 @@ CONFIG_ACCESSORS: dict[str, str] = {
     "curriculum_learning_enabled": "curriculum_learning.enabled",
     "aio_config": "aio",
     "log_level": "log_level",
+    "gradient_clipping": "gradient_clipping",
 }
 """Accessor -> the dotted key of the resolved configuration that it returns."""
 
@@ -111,7 +112,7 @@ def _accessor(name: str, path: str) -> Callable[[Any], Any]:
     parts = path.split(".")
 
     def read(self: Any) -> Any:
-        value: Any = getattr(self.config, parts[0])
+        value: Any = getattr(self._config, parts[0])
         for part in parts[1:]:
             value = None if value is None else getattr(value, part)
         return value

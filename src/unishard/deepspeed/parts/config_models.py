@@ -179,8 +179,17 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
     @field_validator("loss_scale", mode="before")
     @classmethod
     def _finite(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError(f"fp16.loss_scale must be a number, and is {value!r}; 0 is a dynamic one")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"fp16.loss_scale must be a finite number, and is {value}; 0 is a dynamic one")
+        return value
+
+    @field_validator("loss_scale_window", "min_loss_scale", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"it must be a number of at least 1, and is {value}")
         return value
 
     def initial_dynamic_scale(self) -> float:
@@ -269,6 +278,16 @@ def get_monitor_config(param_dict: Mapping[str, Any]) -> DeepSpeedMonitorConfig:
     """The monitors' sections of a whole configuration."""
     names = ("tensorboard", "comet", "wandb", "csv_monitor")
     return DeepSpeedMonitorConfig(**{name: param_dict[name] for name in names if name in param_dict})
+
+
+def get_log_level(param_dict: Mapping[str, Any]) -> str | None:
+    """`log_level` of a whole configuration; `None` leaves the logger as it is."""
+    return param_dict.get("log_level")
+
+
+def get_gradient_clipping(param_dict: Mapping[str, Any]) -> float:
+    """`gradient_clipping` of a whole configuration: 1 unless it is given, 0 for none."""
+    return param_dict.get("gradient_clipping", 1.0)
 
 
 class CommsLoggerConfig(DeepSpeedConfigModel):

@@ -21,7 +21,12 @@ from unishard.deepspeed.parts.config_models import (
     get_float16_config,
     get_monitor_config,
 )
-from unishard.deepspeed.parts.configuration import DeepSpeedConfigError, raw_config, with_defaults
+from unishard.deepspeed.parts.configuration import (
+    DeepSpeedConfigError,
+    raw_config,
+    with_defaults,
+    without_max_grad_norm,
+)
 from unishard.deepspeed.parts.zero_config import DeepSpeedZeroConfig, get_zero_config
 from unishard.errors import ConfigError
 
@@ -45,7 +50,7 @@ class DeepSpeedConfig:
         try:
             self._param_dict = raw_config(config)
             self._resolved: ResolvedConfig = resolve(
-                with_defaults(self._param_dict),
+                without_max_grad_norm(with_defaults(self._param_dict)),
                 dp_world_size=self.world_size,
                 world_size_source="the process group",
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 from unishard.config import Config, ResolvedConfig
 from unishard.config.load import read
+from unishard.deepspeed.parts.logs import logger
 from unishard.errors import ConfigError
 
 
@@ -77,6 +78,17 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
+def without_max_grad_norm(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` without `optimizer.params.max_grad_norm`: reading one only warns of it, building an engine refuses."""
+    section = config.get("optimizer")
+    params = section.get("params") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or not isinstance(params, Mapping) or "max_grad_norm" not in params:
+        return config
+    logger.warning("optimizer.params.max_grad_norm is not the optimizer's; set gradient_clipping instead")
+    kept = {key: value for key, value in params.items() if key != "max_grad_norm"}
+    return {**config, "optimizer": {**section, "params": kept}}
+
+
 _OLD_OFFLOAD = {
     "cpu_offload": "offload_optimizer",
     "cpu_offload_param": "offload_param",
@@ -112,7 +124,9 @@ class ConfigView(dict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name == "_resolved":
             raise AttributeError(name)
-        return getattr(self._resolved, name)
+        # DeepSpeed has the keys of data_types beside the sections.
+        holder = self._resolved.data_types if name == "param_dtype" else self._resolved
+        return getattr(holder, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(self), memo)

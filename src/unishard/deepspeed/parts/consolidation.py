@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,26 @@ if __name__ == "__main__":
     main()
 '''
 """`zero_to_torch.py`, which stands beside checkpoints."""
+
+
+def get_optim_files(checkpoint_dir: str | Path) -> list[str]:
+    """Files of optimizer states in a folder that DeepSpeed wrote, in the order of their ranks."""
+    return _rank_files(checkpoint_dir, "*_optim_states.pt")
+
+
+def get_model_state_files(checkpoint_dir: str | Path) -> list[str]:
+    """Files of model states in a folder that DeepSpeed wrote, in the order of their ranks."""
+    return _rank_files(checkpoint_dir, "*_model_states.pt")
+
+
+def _rank_files(folder: str | Path, pattern: str) -> list[str]:
+    def rank(path: str) -> list[tuple[int, str]]:
+        return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]
+
+    found = sorted((str(path) for path in Path(folder).glob(pattern)), key=rank)
+    if not found:
+        raise FileNotFoundError(f"no {pattern} in {folder}: not a folder of one of DeepSpeed's checkpoints")
+    return found
 
 
 def get_fp32_state_dict_from_zero_checkpoint(

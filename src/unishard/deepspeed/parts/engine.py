@@ -24,6 +24,7 @@ from unishard.deepspeed.parts.data import DataIO
 from unishard.deepspeed.parts.fragments import note_optimizer
 from unishard.deepspeed.parts.logs import logger
 from unishard.deepspeed.parts.misuse import EmptyStateNote, compare_batch
+from unishard.deepspeed.parts.mixed_precision import MixedPrecisionNames
 from unishard.deepspeed.parts.timers import ThroughputTimer
 from unishard.engine.engine import Engine
 from unishard.errors import StateError, UnsupportedError
@@ -37,7 +38,7 @@ class EngineMisuseError(StateError, AssertionError):
 
 
 @config_accessors(CONFIG_ACCESSORS)
-class DeepSpeedEngine(DataIO, Engine):
+class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
     """What `deepspeed.initialize` returns first. See `unishard.Engine` for training, saving and loading.
 
     `config` is the user's dictionary, as in DeepSpeed; values after resolution are its attributes.
@@ -112,7 +113,13 @@ class DeepSpeedEngine(DataIO, Engine):
         unknown = set(ignored) - {"allreduce_gradients", "release_loss"}
         if unknown:
             raise TypeError(f"backward() got unexpected arguments: {', '.join(sorted(unknown))}")
-        return super().backward(loss, tokens=tokens, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        divided = super().backward(
+            loss, tokens=tokens, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas
+        )
+        if tokens is None and scale_wrt_gas and loss.dtype.itemsize < 4:
+            # What is shown of a half-precision loss is not rounded again.
+            return loss.detach().float() / self.gradient_accumulation_steps()
+        return divided
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         if not self._syncs:
@@ -319,6 +326,11 @@ class DeepSpeedEngine(DataIO, Engine):
         resolved = view._resolved.model_copy(update=sizes)
         resolved._origins.update(dict.fromkeys(sizes, "override"))
         self.config = ConfigView({**view, **sizes}, resolved)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def _config(self) -> ConfigView:
+        """The settled configuration under the name that libraries read."""
+        return self.config  # pyright: ignore[reportReturnType]
 
     def get_data_parallel_rank(self) -> int:
         return self.axes.replicate.rank * self.axes.shard.size + self.axes.shard.rank

@@ -20,6 +20,14 @@ def initialize(ep_size: int = 1, mpu: Any = None) -> None:
         )
 
 
+def _ensure_divisibility(numerator: int, denominator: int) -> None:
+    """Raise `AssertionError` unless `denominator` divides `numerator`."""
+    if denominator == 0:
+        raise AssertionError(f"{numerator} cannot be split by 0: the denominator must be non-zero")
+    if numerator % denominator:
+        raise AssertionError(f"{numerator} is not divisible by {denominator}")
+
+
 def _world() -> Any:
     return dist.group.WORLD
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from unishard.deepspeed.parts.configuration import (
 )
 from unishard.deepspeed.parts.data import DeepSpeedDataLoader
 from unishard.deepspeed.parts.engine import DeepSpeedEngine
+from unishard.deepspeed.parts.logs import set_log_level_from_string
 from unishard.deepspeed.parts.parameters import show_zero_attributes
 from unishard.deepspeed.parts.schedules import SCHEDULES
 from unishard.deepspeed.parts.zero_init import restore_init_context, shutdown_init_context
-from unishard.deepspeed.parts.zero_optimizers import optimizer_class
+from unishard.deepspeed.parts.zero_optimizers import optimizer_class, show_as_configured
 from unishard.engine.initialize import Makers
 from unishard.engine.initialize import initialize as build
 from unishard.errors import ConfigError, UnsupportedError
@@ -65,10 +67,16 @@ def initialize(
     """
     if model is None:
         raise DeepSpeedConfigError("deepspeed.initialize requires a model")
+    if getattr(optimizer, "fp32_optimizer_states", True) is False:
+        raise DeepSpeedConfigError(
+            f"{type(optimizer).__name__}(fp32_optimizer_states=False): under an engine states are fp32, as the masters "
+            "are; leave it out"
+        )
     raw = _config_of(args, config if config is not None else config_params)
     if dist_init_required is not False:
         init_distributed(distributed_port=distributed_port)
     show_zero_attributes()
+    torch_adam = bool(((raw.get("optimizer") or {}).get("params") or {}).get("torch_adam"))
     # What is built from here on is not the user's model, even inside `zero.Init`.
     shutdown_init_context()
     try:
@@ -84,7 +92,7 @@ def initialize(
             config=with_defaults(raw),
             mesh=_mesh(mpu, mesh_param),
             dist_init_required=dist_init_required,
-            makers=Makers(DeepSpeedEngine, optimizer_class, SCHEDULES),
+            makers=Makers(DeepSpeedEngine, partial(optimizer_class, torch_adam=torch_adam), SCHEDULES),
         )
     except (ConfigError, UnsupportedError) as error:
         raise DeepSpeedConfigError(str(error)) from error
@@ -92,6 +100,10 @@ def initialize(
         restore_init_context()
     engine: Any = built.engine
     resolved: ResolvedConfig = engine.config
+    if optimizer is None and built.optimizer is not None and not torch_adam:
+        show_as_configured(built.optimizer.inner, resolved)
+    if resolved.log_level is not None:
+        set_log_level_from_string(resolved.log_level)
     engine.complete(ConfigView(raw, resolved), args, collate_fn, client=optimizer)
     if built.dataloader is not None:
         engine.training_dataloader = DeepSpeedDataLoader.around(built.dataloader)

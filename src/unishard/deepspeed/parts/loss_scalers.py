@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,6 +92,9 @@ def CreateLossScaler(
     dynamic_loss_args: dict[str, Any] | None,
 ) -> LossScalerBase:
     """A dynamic scaler for fp16 if asked for, else a static one (1 for other dtypes)."""
+    initial = (dynamic_loss_args or {}).get("init_scale", 1.0)
+    if not math.isfinite(initial):
+        raise ValueError(f"dynamic_loss_args['init_scale'] must be finite, and is {initial}")
     if dtype == torch.half and dynamic_scaling:
         return DynamicLossScaler(dtype=dtype, **(dynamic_loss_args or {}))
     return LossScaler(static_loss_scale if dtype == torch.half else 1.0)

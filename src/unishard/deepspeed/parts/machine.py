@@ -99,7 +99,13 @@ def get_numa_cores() -> list[list[int]]:
 def get_numactl_cmd(
     bind_core_list: str | None, num_local_procs: int, local_rank: int
 ) -> tuple[int, list[str]]:
-    """(cores for each process, words to start it with) so that each process of a machine has cores of its own."""
+    """(cores for each process, words to start it with) so that each process of a machine has cores of its own.
+
+    Raises:
+        ValueError: the program numactl, which binds them, is not there.
+    """
+    if not check_for_numactl_pkg():
+        raise ValueError("binding processes to cores needs the program numactl: install it, or do not bind")
     import psutil
 
     cores = (

@@ -78,6 +78,18 @@ def debug_param2name_id_shape_status(param: Any) -> str:
     return f"{debug_param2name_id_shape(param)} status={getattr(param, 'ds_status', None)}"
 
 
+def printflock(*msgs: Any) -> None:
+    """Print while no other process of this machine does so, where files can be locked."""
+    try:
+        import fcntl
+    except ImportError:
+        print(*msgs)
+        return
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(*msgs, flush=True)
+
+
 def print_rank0(msg: Any, force: bool = False) -> None:
     """Print on rank 0."""
     if force or not dist.is_initialized() or dist.get_rank() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import random
@@ -66,7 +67,7 @@ def partition_balanced(weights: Sequence[float], num_parts: int) -> list[int]:
                 run = sums[end] - sums[start]
                 high, low = max(before[1], run), min(before[2], run)
                 known = best.get((end, parts))
-                if known is None or high - low <= known[0]:
+                if known is None or high - low < known[0]:
                     best[end, parts] = high - low, high, low, start
     bounds = [items]
     for parts in range(num_parts, 0, -1):
@@ -229,6 +230,17 @@ def clip_tensors_by_global_norm(
 def has_inf_or_nan(x: Tensor) -> Tensor:
     """Whether any element is not finite: a tensor of one float."""
     return (~torch.isfinite(x.float())).any().float()
+
+
+def mask_nan_or_inf_with_val_inplace(input: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """Write `val` over the elements of `input` that are not finite.
+
+    >>> norm = torch.tensor([float("inf"), 2.0])
+    >>> mask_nan_or_inf_with_val_inplace(norm)
+    >>> norm.tolist()
+    [-1.0, 2.0]
+    """
+    input.masked_fill_(~torch.isfinite(input), val)
 
 
 class CheckOverflow:
@@ -398,16 +410,33 @@ class noop_context:
     def __exit__(self, *failure: Any) -> None: ...
 
 
-def count_used_parameters_in_backward(parameters: Sequence[Tensor]) -> int:
+def check_internal_apis_for_count_used_parameters() -> bool:
+    """Whether this torch can tell which parameters the backward under way reaches."""
+    asked = ("_current_graph_task_id", "_will_engine_execute_node")
+    return hasattr(torch.autograd.graph, "_get_grad_fn_or_grad_acc") and all(
+        hasattr(torch._C, name) for name in asked
+    )
+
+
+def count_used_parameters_in_backward(parameters: Sequence[Any]) -> int:
     """How many of `parameters` get a gradient in the backward that is running.
+
+    Where torch cannot tell, all that want one count.
 
     Raises:
         StateError: no backward is running.
     """
+    trained = [p for p in parameters if isinstance(p, Tensor) and p.requires_grad]
+    # By its public name: scripts replace it there.
+    surface = importlib.import_module("unishard.deepspeed.runtime.utils")
+    if not surface.check_internal_apis_for_count_used_parameters():
+        return len(trained)
     if torch._C._current_graph_task_id() == -1:
-        raise StateError("count_used_parameters_in_backward() is for use during backward, in a hook")
+        raise StateError(
+            "count_used_parameters_in_backward() must be called during backward execution, from a hook"
+        )
     with torch.enable_grad():
-        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters if p.requires_grad]
+        nodes = [torch.autograd.graph._get_grad_fn_or_grad_acc(p) for p in trained]
     return sum(torch._C._will_engine_execute_node(node) for node in nodes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ log = logging.getLogger("unishard")
 _configured = False
 
 
-def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, whose inner activations are computed again in backward instead of kept."""
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, whose inner activations are computed again in backward instead of kept."""
+    if kwargs:
+        function = partial(function, **kwargs)
     return recompute(function, *args, use_reentrant=False)
 
 
@@ -59,6 +62,10 @@ def configure(
         "checkpoint_in_cpu": section.get("cpu_checkpointing", False) or checkpoint_in_cpu,
     }
     wanted = [name for name, value in asked.items() if value]
+    if asked["contiguous_checkpointing"] and not (num_checkpoints or section.get("number_checkpoints")):
+        raise AssertionError(
+            "contiguous_checkpointing needs num_checkpoints, the number of layers recomputed"
+        )
     if wanted:
         raise UnsupportedError(
             f"checkpointing.configure({', '.join(wanted)}): kept inputs stay whole and on the device in this version; "

@@ -153,16 +153,16 @@ class ThroughputTimer:
         monitor_memory: bool = False,
         logging_fn: object = None,
     ) -> None:
-        self.batch_size, self.start_step, self.steps_per_output = (
-            max(batch_size, 1),
-            start_step,
-            steps_per_output,
-        )
+        if steps_per_output is not None and not isinstance(steps_per_output, int):
+            raise ValueError(f"steps_per_output must be a positive integer or None, not {steps_per_output!r}")
+        self.batch_size, self.start_step = max(batch_size, 1), start_step
+        self.steps_per_output = steps_per_output
         self.initialized = self.started = False
         self.micro_step_count = self.global_step_count = 0
         self.start_time = self.end_time = 0.0
         self.step_elapsed_time = self.total_elapsed_time = 0.0
         """Seconds of the step under way, and of all that count."""
+        self._is_report_boundary()
 
     def start(self) -> None:
         self.initialized = self.started = True
@@ -183,6 +183,15 @@ class ThroughputTimer:
         spent = self.end_time - self.start_time
         self.total_elapsed_time += spent
         self.step_elapsed_time = 0.0 if global_step else self.step_elapsed_time + spent
+
+    def _is_report_boundary(self) -> bool:
+        """Whether `steps_per_output` divides the steps so far. Raises `ValueError` unless it is positive, or `None`."""
+        every = self.steps_per_output
+        if every is not None and every <= 0:
+            raise ValueError(
+                f"steps_per_output must be greater than 0 (positive), and is {every}; None prints nothing"
+            )
+        return every is not None and self.global_step_count % every == 0
 
     def avg_samples_per_sec(self) -> float:
         """Of the steps after the first `start_step`; -inf before."""

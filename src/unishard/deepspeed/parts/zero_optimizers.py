@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import nn
 
 from unishard.config import ResolvedConfig
 from unishard.deepspeed.parts.flat_state import flat_masters, put_masters, show_flat_state
-from unishard.deepspeed.parts.optimizers import FusedAdam
-from unishard.optim.loss_scale import NoLossScale
+from unishard.deepspeed.parts.optimizers import DeepSpeedCPUAdam, FusedAdam
+from unishard.optim.loss_scale import NoLossScale, StaticLossScale
 from unishard.optim.sharded import ShardedOptimizer
 
 
@@ -58,6 +59,15 @@ class DeepSpeedOptimizer(ShardedOptimizer):
 
     def get_loss_scale(self) -> float:
         return self.loss_scale
+
+    def override_loss_scale(self, loss_scale: float) -> None:
+        """Scale losses by `loss_scale` from now on, whatever the configuration says."""
+        self.external_loss_scale, self.custom_loss_scaler = checked_scale(loss_scale), True
+        self._loss_scale = StaticLossScale(self.external_loss_scale)
+
+    def _set_loss_scale(self, value: float) -> None:
+        """Move the scale to `value`; a dynamic one goes on from there."""
+        self.loss_scaler.cur_scale = checked_scale(value)
 
     def set_lr(self, lr: float) -> None:
         """Give every parameter group the rate `lr`."""
@@ -248,7 +258,12 @@ class BF16_Optimizer(ZeROOptimizer):
 
 
 class FP16_Optimizer(DeepSpeedOptimizer):
-    """fp16 without a sharded model."""
+    """fp16 without a sharded model; DeepSpeed has bf16 under this name, too."""
+
+    @property
+    def low_precision_dtype(self) -> torch.dtype:
+        """What parameters compute in."""
+        return self.pieces[0].group.buffer.compute
 
     @property
     def fp32_groups_flat(self) -> list[torch.Tensor]:
@@ -286,6 +301,11 @@ class ScalerView:
     def __init__(self, optimizer: DeepSpeedOptimizer) -> None:
         self._optimizer, self._scaler = optimizer, optimizer.scaler
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A scale that a script assigns is the optimizer's; everything else is only read here.
+        target = self if name.startswith("_") else self._scaler
+        object.__setattr__(target, self._NAMES.get(name, name), value)
+
     @property
     def cur_iter(self) -> int:
         """Updates of the scale so far."""
@@ -309,27 +329,56 @@ class ScalerView:
         return not isinstance(self._scaler, NoLossScale)
 
 
+def checked_scale(value: float) -> float:
+    """`value` as a loss scale. Raises `ValueError` unless it is finite and positive.
+
+    >>> checked_scale(128)
+    128.0
+    """
+    scale = float(value)
+    if not math.isfinite(scale):
+        raise ValueError(f"loss_scale must be finite, and is {scale}")
+    if scale <= 0:
+        raise ValueError(f"loss_scale must be greater than 0, and is {scale}")
+    return scale
+
+
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     if not tensors:
         return torch.empty(0)
     return tensors[0].view(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
 
 
-def optimizer_class(rc: ResolvedConfig) -> type[ShardedOptimizer]:
-    """The class that DeepSpeed's users expect under this configuration."""
+def optimizer_class(rc: ResolvedConfig, torch_adam: bool = False) -> type[ShardedOptimizer]:
+    """The class that DeepSpeed's users expect under this configuration.
+
+    `torch_adam`: it asks for torch's own Adam, which the settled configuration does not remember.
+    """
     stage = rc.zero_optimization.stage
     if stage == 3:
         return DeepSpeedZeroOptimizer_Stage3
     if stage in (1, 2):
         return BF16_Optimizer if _accumulates_in_fp32(rc, stage) else DeepSpeedZeroOptimizer
-    if rc.bf16.enabled:
-        return BF16_Optimizer
-    if rc.fp16.enabled:
-        return FP16_Optimizer
-    adam = rc.optimizer is not None and str(rc.optimizer.type).lower() in ("adam", "adamw")
-    if adam and rc.optimizer is not None and not rc.optimizer.params.get("torch_adam"):
-        return PlainFusedAdam
-    return PlainOptimizer
+    fused = adam_class(rc) is not None and not torch_adam
+    if rc.bf16.enabled or rc.fp16.enabled:
+        return FP16_Optimizer if fused else FP16_UnfusedOptimizer
+    return PlainFusedAdam if fused else PlainOptimizer
+
+
+def adam_class(rc: ResolvedConfig) -> type[torch.optim.Adam] | None:
+    """DeepSpeed's class for a configured Adam; `None` for other optimizers."""
+    if rc.optimizer is None or str(rc.optimizer.type).lower() not in ("adam", "adamw"):
+        return None
+    return FusedAdam if rc.zero_optimization.offload_optimizer is None else DeepSpeedCPUAdam
+
+
+def show_as_configured(inner: torch.optim.Optimizer, rc: ResolvedConfig) -> None:
+    """Let scripts find the class that DeepSpeed would have built; it steps as torch's own, which it derives from."""
+    shown = adam_class(rc)
+    if shown is not None and type(inner) in (torch.optim.Adam, torch.optim.AdamW):
+        inner.__class__ = shown
+        inner.adam_w_mode = inner.defaults["decoupled_weight_decay"]  # pyright: ignore[reportAttributeAccessIssue]
+        inner.set_grad_none = inner.fp32_optimizer_states = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _accumulates_in_fp32(rc: ResolvedConfig, stage: int) -> bool:

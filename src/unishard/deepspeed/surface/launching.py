@@ -17,11 +17,13 @@ _RUNNERS = (
 
 LAUNCHING: dict[str, Names] = {
     "launcher": {},
-    "launcher.runner": absent(
-        LAUNCHER,
-        "main", "parse_args", "fetch_hostfile", "parse_resource_filter", "parse_inclusion_exclusion",
-        "encode_world_info", "run_autotuning",
-    ),
+    "launcher.runner": {
+        **part("launcher", "main", note="one host; on several, run torchrun on each"),
+        **part("launcher", "parse_args", "fetch_hostfile", "parse_resource_filter", "parse_inclusion_exclusion"),
+        **part("launcher", "encode_world_info", "_parse_hostfile", "DLTS_HOSTFILE", "DEEPSPEED_ENVIRONMENT_NAME"),
+        **part("accelerator", "get_accelerator"),
+        **absent(TUNING, "run_autotuning"),
+    },
     "launcher.launch": absent(LAUNCHER, "main", "parse_args", "terminate_process_tree"),
     "launcher.multinode_runner": absent(LAUNCHER, *_RUNNERS),
     "launcher.constants": constants(

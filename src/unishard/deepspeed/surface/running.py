@@ -56,7 +56,12 @@ _RUNTIME_KEYS = {
     **constants(
         BFLOAT16="bf16", BFLOAT16_OLD="bfloat16", OPTIMIZER_PARAMS="params", SCHEDULER_PARAMS="params"
     ),
-    **constants(OPTIMIZER_TYPE_DEFAULT=None, GRADIENT_CLIPPING_DEFAULT=1.0, STEPS_PER_PRINT_DEFAULT=None),
+    **constants(
+        OPTIMIZER_TYPE_DEFAULT=None,
+        GRADIENT_CLIPPING_DEFAULT=1.0,
+        STEPS_PER_PRINT_DEFAULT=None,
+        LOG_LEVEL_DEFAULT=None,
+    ),
     **constants(
         MAX_GRAD_NORM="max_grad_norm", PIPE_REPLICATED="ds_pipe_replicated", LEGACY_FUSION="legacy_fusion"
     ),
@@ -83,7 +88,7 @@ RUNNING: dict[str, Names] = {
     "runtime.config": {
         **part("config_object", "DeepSpeedConfig"),
         **part("configuration", "DeepSpeedConfigError"),
-        **part("config_models", "DtypeEnum", "get_monitor_config"),
+        **part("config_models", "DtypeEnum", "get_gradient_clipping", "get_log_level", "get_monitor_config"),
         **part("zero_config", "get_zero_config"),
         **_OPTIMIZER_NAMES,
         **_RUNTIME_KEYS,
@@ -158,7 +163,9 @@ RUNNING: dict[str, Names] = {
             "get_flattened_grad_norm",
             "get_tensor_bytes",
             "noop_context",
+            "check_internal_apis_for_count_used_parameters",
             "count_used_parameters_in_backward",
+            "mask_nan_or_inf_with_val_inplace",
         ),
         **part("numerics", "PartitionedTensor"),
         **absent(INTERNAL, "all_gather_dp_groups", "all_gather_into_tensor_dp_groups"),
@@ -189,7 +196,11 @@ RUNNING: dict[str, Names] = {
             "partition_activations_in_checkpoint",
             "reset",
             "set_num_layers",
-        )
+        ),
+        # Globals of DeepSpeed's that scripts read, and set back: what `configure` leaves off here.
+        **constants(PARTITION_ACTIVATIONS=False, CONTIGUOUS_CHECKPOINTING=False, CPU_CHECKPOINT=False),
+        **constants(SYNCHRONIZE=False, PROFILE_TIME=False, deepspeed_checkpointing_enabled=False),
+        **constants(num_layers=None, mpu=None),
     },
     "runtime.activation_checkpointing.config": {
         **part("config_models", "DeepSpeedActivationCheckpointingConfig")

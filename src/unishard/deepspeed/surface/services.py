@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unishard.deepspeed.entries import Names, absent, constants, part, spelled
+from unishard.deepspeed.entries import Names, absent, constants, elsewhere, part, spelled
 from unishard.deepspeed.surface.reasons import EXPERTS, FLOPS, INTERNAL, SEQUENCE
 
 _COMM = part(
@@ -27,7 +27,8 @@ _GROUPS = part(
     "initialize", "get_data_parallel_group", "get_data_parallel_rank", "get_data_parallel_world_size",
     "get_model_parallel_group", "get_model_parallel_rank", "get_model_parallel_world_size",
     "get_tensor_model_parallel_group", "get_tensor_model_parallel_rank", "get_tensor_model_parallel_src_rank",
-    "get_tensor_model_parallel_world_size", "_clone_world_group", "_get_broadcast_src_rank", "_get_data_parallel_group",
+    "get_tensor_model_parallel_world_size", "_clone_world_group", "_ensure_divisibility",
+    "_get_broadcast_src_rank", "_get_data_parallel_group",
     "_get_data_parallel_group_ranks", "_get_data_parallel_rank", "_get_data_parallel_world_size",
     "_get_model_parallel_world_size", "_get_sequence_data_parallel_group", "_get_sequence_data_parallel_rank",
     "_get_sequence_data_parallel_world_size", "_get_sequence_parallel_group", "_get_sequence_parallel_rank",
@@ -143,7 +144,9 @@ SERVICES: dict[str, Names] = {
             "debug_param2name_id_shape",
             "debug_param2name_id_shape_status",
             "print_rank0",
-        )
+            "printflock",
+        ),
+        **elsewhere("fcntl", fcntl=""),
     },
     "utils.timer": {
         **part("timers", "NoopTimer", "SynchronizedWallClockTimer", "ThroughputTimer", "trim_mean"),
@@ -160,6 +163,8 @@ SERVICES: dict[str, Names] = {
             "convert_zero_checkpoint_to_fp32_state_dict",
             "convert_zero_checkpoint_to_state_dict",
             "get_fp32_state_dict_from_zero_checkpoint",
+            "get_model_state_files",
+            "get_optim_files",
             "load_state_dict_from_zero_checkpoint",
             "to_torch_tensor",
         )
