@@ -27,9 +27,10 @@ from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_g
 from unishard.sharding.build import ShardPlan
 from unishard.sharding.heap import keep_heap_small
 from unishard.sharding.in_place import ShardedModel, shard_in_place
-from unishard.sharding.placement import preset
+from unishard.sharding.placement import Placement, preset
 from unishard.sharding.ports import ON_DEVICE
 from unishard.sharding.precision import MixedPrecision, as_dtype
+from unishard.sharding.wrap import choose_holders
 
 log = logging.getLogger("unishard")
 
@@ -41,6 +42,8 @@ class Makers(NamedTuple):
     optimizer: Callable[[ResolvedConfig], type[ShardedOptimizer]] = lambda rc: ShardedOptimizer
     schedules: Mapping[str, Callable[..., Any]] = {}
     """By type, in place of the engine's own."""
+    casts_inputs: Callable[[ResolvedConfig], bool] = lambda rc: not _refuses_casts(rc)
+    """Whether floating inputs of the model are cast to a 16-bit compute dtype."""
 
 
 class Initialized(NamedTuple):
@@ -119,8 +122,8 @@ def initialize(
     tiers = build_tiers(rc, axes, device)
     if tiers is not ON_DEVICE:
         keep_heap_small()
-    plan = ShardPlan(preset(rc.sharding), axes, _precision(rc), device, tiers=tiers)
-    sharded = shard_in_place(model, plan)
+    plan = ShardPlan(preset(rc.sharding), axes, _precision(rc, makers), device, tiers=tiers)
+    sharded = _shard(model, plan, rc)
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
     scheduler = _scheduler(lr_scheduler, wrapped, rc, makers)
@@ -131,6 +134,15 @@ def initialize(
         loader = build_dataloader(training_data, collate_fn, rc, axes)
     engine = makers.engine(sharded, rc, axes, device, wrapped, scheduler, loader)
     return Initialized(engine, wrapped, loader, scheduler)
+
+
+def _shard(model: nn.Module, plan: ShardPlan, rc: ResolvedConfig) -> ShardedModel:
+    zero = rc.zero_optimization
+    alone = plan.sharding.parameter is Placement.SHARD and zero.stage3_max_reuse_distance == 0
+    sharded = shard_in_place(model, plan, choose_holders(model) if alone else None)
+    sharded.schedule.root.keep_if_root = not alone
+    sharded.schedule.prefetch = zero.stage3_prefetch_bucket_size > 0
+    return sharded
 
 
 def _device() -> torch.device:
@@ -204,7 +216,7 @@ def _configure_checkpointing(rc: ResolvedConfig) -> None:
         configure_keys(given)
 
 
-def _precision(rc: ResolvedConfig) -> MixedPrecision:
+def _precision(rc: ResolvedConfig, makers: Makers) -> MixedPrecision:
     compute = as_dtype(rc.compute_dtype)
     return MixedPrecision(
         param_dtype=compute,
@@ -212,7 +224,7 @@ def _precision(rc: ResolvedConfig) -> MixedPrecision:
         grad_dtype=as_dtype(rc.grad_accum_dtype) if rc.grad_accum_dtype else torch.float32,
         reduce_dtype=as_dtype(rc.communication_data_type) if rc.communication_data_type else compute,
         output_dtype=as_dtype(rc.output_dtype) if rc.output_dtype else None,
-        cast_forward_inputs=compute is not torch.float32 and not _refuses_casts(rc),
+        cast_forward_inputs=compute is not torch.float32 and makers.casts_inputs(rc),
     )
 
 
@@ -285,8 +297,10 @@ def _optimizer(
 
 
 def _set_divisors(sharded: ShardedModel, rc: ResolvedConfig) -> None:
-    """`prescale_gradients` divides before the wire, otherwise after; the result is the mean either way."""
+    """`prescale_gradients` divides before the wire, otherwise after; the result is the same either way."""
     for group in sharded.groups:
+        if rc.gradient_allreduce_op == "sum":
+            group.gradients.divisor = 1.0
         if rc.prescale_gradients:
             factor = rc.gradient_predivide_factor
             group.gradients.predivide = float(factor) if factor != 1.0 else float(group.axes.world_size)

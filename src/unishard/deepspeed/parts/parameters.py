@@ -37,6 +37,34 @@ _ids: dict[int, tuple[weakref.ref[Any], int]] = {}
 _next_id = itertools.count()
 
 
+class LocalPart(torch.Tensor):
+    """This rank's part of a parameter, as `ds_tensor` shows it: the memory itself. To assign `data` writes it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    ds_numel: int
+    _group: ShardGroup | None
+
+    @classmethod
+    def of(cls, part: torch.Tensor, group: ShardGroup | None) -> LocalPart:
+        shown = torch.Tensor._make_subclass(cls, part)
+        # As libraries read it: elements of a part.
+        shown.ds_numel, shown._group = part.numel(), group
+        return shown
+
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.copy_(value.reshape(-1))
+        if self._group is not None:
+            self._group.buffer.carry_over()
+            torch.autograd.graph.increment_version([self._group.buffer.shard])
+            self._group.forget_gathered()
+
+
 class _Sharded:
     """A parameter that rests as shards: by itself after `zero.Init`, or in a group after `initialize`."""
 
@@ -68,15 +96,13 @@ class _Sharded:
         return None if axes is None else axes.shard.group
 
     @property
-    def local(self) -> torch.Tensor:
+    def local(self) -> LocalPart:
         """This rank's part, 1-D."""
         if self.group is not None:
             local = self.group.buffer.local(self.index, self.group.buffer.shard)
         else:
             local = self.single.held if self.single is not None else self.param.detach().view(-1)
-        # As libraries read it: elements of a part.
-        local.ds_numel = local.numel()  # pyright: ignore[reportAttributeAccessIssue]
-        return local
+        return LocalPart.of(local, self.group)
 
 
 def sharded(param: torch.Tensor) -> _Sharded | None:

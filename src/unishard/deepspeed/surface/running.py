@@ -164,7 +164,20 @@ RUNNING: dict[str, Names] = {
     },
     "runtime.compiler": {**part("machine", "is_compile_supported", "disable", "enable", "is_compiling")},
     "runtime.torch_autocast": {
-        **absent("set bf16.enabled, or use torch.autocast yourself", "init_autocast_params")
+        **part(
+            "autocast",
+            "LOWER_PRECISION_SAFE_MODULES",
+            "PARAM_COMM_DTYPE_ATTR_NAME",
+            "get_all_comm_dtypes",
+            "get_autocast_dtype",
+            "get_comm_dtype",
+            "get_default_autocast_lower_precision_modules",
+            "has_comm_dtype",
+            "init_autocast_params",
+            "is_autocast_initialized",
+            "sort_dtypes",
+            note="what travels is in communication_data_type, whatever the module",
+        )
     },
     "runtime.sparse_tensor": {
         **absent("gradients are reduced dense; build embeddings with sparse=False", "SparseTensor")
