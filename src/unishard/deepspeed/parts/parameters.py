@@ -106,12 +106,13 @@ class _Sharded:
 
 
 def sharded(param: torch.Tensor) -> _Sharded | None:
-    """What is known of a parameter that rests as shards; `None` for others, those of ZeRO-1 and 2 included."""
+    """What is known of a parameter that rests as shards; `None` for others, those of ZeRO-1 and 2 included, and for
+    those without elements, of which there is nothing to shard."""
     single = single_of(param)
     if single is not None:
         return _Sharded(param, single, None, 0)
     home = home_of(param)
-    if home is None or home.group.resident:
+    if home is None or home.group.resident or not prod(home.shape):
         return None
     return _Sharded(param, None, home.group, home.index)
 

@@ -81,7 +81,7 @@ class Init(AbstractContextManager["Init"]):
     def _shard(self, module: nn.Module) -> None:
         axes = axes_of(self._mesh if self._mesh is not None else build_mesh("cpu"))
         for param in module.parameters():
-            if single_of(param) is None and home_of(param) is None and not param.is_meta:
+            if param.numel() and single_of(param) is None and home_of(param) is None and not param.is_meta:
                 shard_single(param, axes, self.dtype if param.is_floating_point() else None)
 
     def __enter__(self) -> Init:
