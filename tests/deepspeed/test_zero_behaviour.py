@@ -219,6 +219,89 @@ def _what_is_built_without_memory_is_sharded_once_it_has_some() -> None:
     engine_of(nn.Sequential(layer, other), 3)
 
 
+def _adagrad_of_the_script_steps_as_in_torch(stage: int) -> None:
+    torch.manual_seed(0)
+    model, alone = nn.Linear(3, 3), nn.Linear(3, 3)
+    alone.load_state_dict(model.state_dict())
+    options = {"lr": 0.1, "initial_accumulator_value": 0.2}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+    }
+    adagrad = torch.optim.Adagrad(model.parameters(), **options)
+    engine = deepspeed.initialize(model=model, optimizer=adagrad, config=config)[0]
+    other = torch.optim.Adagrad(alone.parameters(), **options)
+    for x in (torch.ones(1, 3), torch.arange(3.0).view(1, 3)):
+        engine.backward(engine(x).square().sum())
+        engine.step()
+        other.zero_grad()
+        alone(x).square().sum().backward()
+        other.step()
+    for name, value in engine.module_state_dict().items():
+        torch.testing.assert_close(value, alone.state_dict()[name])
+
+
+def _small_names() -> None:
+    with deepspeed.zero.Init():
+        first, second = nn.Linear(4, 2, bias=False), nn.Linear(3, 3, bias=False)
+    handle = first.weight.all_gather_coalesced([first.weight, second.weight])
+    handle.wait()
+    assert first.weight.shape == (2, 4)
+    first.weight.partition()
+    handle.wait()
+    assert first.weight.numel() == 0
+    engine = engine_of(nn.Linear(2, 2), 1, {"compute_grad_norm": False}, gradient_clipping=0.0)
+    engine.backward(engine(torch.ones(1, 2)).sum())
+    engine.step()
+    assert engine.get_global_grad_norm() is None
+    assert not engine.optimizer.check_grad_overflow
+    engine.offload_states()
+    engine.reload_states()
+
+
+def _checkpoints_leave_out_what_has_no_elements(folder: str) -> None:
+    saved, loaded = engine_of(Tail(), 3), engine_of(Tail(), 3)
+    saved.save_checkpoint(folder)
+    loaded.load_checkpoint(folder)
+    for name, value in saved.module_state_dict().items():
+        assert torch.equal(value, loaded.module_state_dict()[name]), name
+
+
+def test_norms_that_stand_for_none():
+    utils = importlib.import_module("unishard.deepspeed.runtime.utils")
+    for bad in (-1.0, float("nan"), float("inf")):
+        assert utils.get_global_norm([3.0, bad]) == float("inf")
+        assert not torch.isfinite(utils.combine_grad_norm_groups([torch.tensor(3.0), torch.tensor(bad)]))
+
+
+def test_a_group_of_one_rank_under_a_launcher_of_more_is_found():
+    names = importlib.import_module("unishard.deepspeed.runtime.zero.partition_parameters")
+    problem = names._contradicting_single_rank_pg_error
+    assert "WORLD_SIZE=8" in problem(1, None, {"WORLD_SIZE": "8"})
+    for size, group, launched in (
+        (8, None, "8"),
+        (1, object(), "8"),
+        (1, None, "1"),
+        (1, None, "x"),
+        (1, None, None),
+    ):
+        assert problem(size, group, {"WORLD_SIZE": launched}) is None
+
+
+def test_adagrad_of_the_script_steps_as_in_torch(ranks):
+    for stage in (0, 3):
+        ranks(_adagrad_of_the_script_steps_as_in_torch, stage)
+
+
+def test_small_names(ranks):
+    ranks(_small_names)
+
+
+def test_checkpoints_leave_out_what_has_no_elements(ranks, tmp_path):
+    ranks(_checkpoints_leave_out_what_has_no_elements, str(tmp_path))
+
+
 def test_parameters_without_elements_keep_their_shape(ranks):
     ranks(_parameters_without_elements_keep_their_shape)
 

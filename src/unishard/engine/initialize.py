@@ -258,12 +258,28 @@ def _client_optimizer(
         )
     if not rc.zero_allow_untested_optimizer:
         check_client_optimizer(optimizer)
-    if optimizer.state:
+    if optimizer.state and not _as_built(optimizer):
         raise ConfigError(
             f"{type(optimizer).__name__} has stepped already: its state belongs to whole parameters; build it fresh "
             "and pass it to initialize before the first step"
         )
     return optimizer
+
+
+def _as_built(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all state is what the constructor makes: torch's Adagrad begins with sums."""
+    return type(optimizer) is torch.optim.Adagrad and all(
+        float(state["step"]) == 0 for state in optimizer.state.values()
+    )
+
+
+def _build_again(optimizer: torch.optim.Optimizer) -> None:
+    """State as the constructor makes it, for the pieces that the groups hold now."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups if type(optimizer) is torch.optim.Adagrad else ():
+        for piece in group["params"]:
+            total = torch.full_like(piece, group["initial_accumulator_value"])
+            optimizer.state[piece] = {"step": torch.zeros(()), "sum": total}
 
 
 def _optimizer(
@@ -278,6 +294,7 @@ def _optimizer(
     if client is not None:
         for group in client.param_groups:
             group["params"] = pieces.of(group["params"])
+        _build_again(client)
         inner = client
     elif rc.optimizer is not None:
         groups = [{**g, "params": pieces.of(g["params"])} for g in user_groups(model_parameters, model)]

@@ -62,6 +62,8 @@ class DeepSpeedEngine(DataIO, Engine):
         self.args, self.collate_fn, self.client_optimizer = args, collate_fn, client
         if self.optimizer is not None:
             note_optimizer(self.optimizer)
+            shown: Any = self.optimizer
+            shown.shows_norm = config.zero_optimization.compute_grad_norm
         autocast = config.torch_autocast
         if autocast.enabled:
             from unishard.deepspeed.parts.autocast import init_autocast_params
@@ -377,6 +379,10 @@ class DeepSpeedEngine(DataIO, Engine):
             else [group.get("type", 0.0) for group in self.optimizer.param_groups]
         )
 
+    def get_global_grad_norm(self) -> float | None:
+        """As `unishard.Engine.get_global_grad_norm`; `None` with `zero_optimization.compute_grad_norm` false."""
+        return None if self.optimizer is None else self.optimizer._global_grad_norm  # pyright: ignore
+
     def loss_scale_value(self) -> float:
         """The loss scale of the next backward."""
         return self.loss_scale  # pyright: ignore[reportReturnType]
@@ -414,9 +420,11 @@ class DeepSpeedEngine(DataIO, Engine):
             unit.reshard()
 
     def offload_states(self, *args: Any, **options: Any) -> None:
-        raise UnsupportedError(
-            "engine.offload_states() is not available in this version; free memory with smaller models or stage 3"
-        )
+        """Bring states to CPU memory, where those of an engine on the CPU are already."""
+        if self.device.type != "cpu":
+            raise UnsupportedError(
+                "engine.offload_states() is not available in this version; free memory with smaller models or stage 3"
+            )
 
     reload_states = offload_states
 

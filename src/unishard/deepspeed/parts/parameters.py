@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from math import prod
 from typing import Any
@@ -40,7 +40,7 @@ _next_id = itertools.count()
 class LocalPart(torch.Tensor):
     """This rank's part of a parameter, as `ds_tensor` shows it: the memory itself. To assign `data` writes it."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     ds_numel: int
     _group: ShardGroup | None
 
@@ -53,7 +53,8 @@ class LocalPart(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        return torch.Tensor.data.__get__(self)
+        plain: Any = torch.Tensor.data
+        return plain.__get__(self)
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -146,6 +147,23 @@ def _releasing(sharding: _Sharded) -> Callable[..., None]:
     return partition
 
 
+class GatherHandle:
+    """A gather that is over when it returns: `wait()` has nothing to do, however often it is called."""
+
+    def wait(self, **options: Any) -> None:
+        return None
+
+
+def _gathering_together(sharding: _Sharded) -> Callable[..., GatherHandle]:
+    def all_gather_coalesced(params: Iterable[nn.Parameter], **options: Any) -> GatherHandle:
+        from unishard.deepspeed.parts.zero_init import open_parameters
+
+        open_parameters(params)
+        return GatherHandle()
+
+    return all_gather_coalesced
+
+
 _ATTRIBUTES: dict[str, Callable[[_Sharded], Any]] = {
     "ds_id": lambda s: _serial(s.param),
     "ds_shape": lambda s: s.shape,
@@ -166,6 +184,7 @@ _ATTRIBUTES: dict[str, Callable[[_Sharded], Any]] = {
         }
     ),
     "all_gather": _gathering,
+    "all_gather_coalesced": _gathering_together,
     "partition": _releasing,
     "partition_numel": lambda s: lambda: -(-prod(s.shape) // _ranks(s)),
 }

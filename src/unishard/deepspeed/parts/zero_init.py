@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -69,6 +70,11 @@ class Init(AbstractContextManager["Init"]):
             return
         if not dist.is_initialized():
             init_distributed()
+        problem = _contradicting_single_rank_pg_error(
+            dist.get_world_size(), data_parallel_group or sequence_data_parallel_group, os.environ
+        )
+        if problem is not None:
+            raise ShardingError(problem)
         show_zero_attributes()
         self._config = raw_config(config if config is not None else config_dict_or_path)
         watch_gathered(self._config)
@@ -105,6 +111,21 @@ class Init(AbstractContextManager["Init"]):
             return
         _active.remove(self)
         self._end(*failure)
+
+
+def _contradicting_single_rank_pg_error(
+    dp_world_size: int, data_parallel_group: Any, env: Mapping[str, str | None]
+) -> str | None:
+    """What is wrong when there is a process group of one rank under a launcher that started more: each would hold
+    the whole model. A group that was given is meant."""
+    launched = str(env.get("WORLD_SIZE"))
+    if dp_world_size != 1 or data_parallel_group is not None or not launched.isdigit() or int(launched) <= 1:
+        return None
+    return (
+        f"zero.Init: the launcher says WORLD_SIZE={launched}, and the process group has one rank; call "
+        "deepspeed.init_distributed() before anything makes a process group of its own, or pass "
+        "data_parallel_group= if one rank is meant"
+    )
 
 
 def shutdown_init_context() -> None:

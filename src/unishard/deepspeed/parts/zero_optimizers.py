@@ -22,6 +22,8 @@ class DeepSpeedOptimizer(ShardedOptimizer):
 
     attempted_steps = 0
     """Steps so far, skipped ones included."""
+    shows_norm = True
+    """Whether scripts see the norm of gradients: not with `zero_optimization.compute_grad_norm` false."""
     micro_step_id = 0
     """Backwards since gradients were last forgotten."""
 
@@ -62,7 +64,12 @@ class DeepSpeedOptimizer(ShardedOptimizer):
 
     @property
     def _global_grad_norm(self) -> float | None:
-        return self.grad_norm
+        return self.grad_norm if self.shows_norm else None
+
+    @property
+    def check_grad_overflow(self) -> bool:
+        """Whether a step with gradients that are not finite is skipped."""
+        return self.skips_overflow
 
     @property
     def _epilogue_ran_this_backward(self) -> bool:

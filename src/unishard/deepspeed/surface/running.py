@@ -135,6 +135,7 @@ RUNNING: dict[str, Names] = {
             "call_to_str",
             "clip_grad_norm_",
             "clip_tensors_by_global_norm",
+            "combine_grad_norm_groups",
             "copy_to_device",
             "empty_cache",
             "ensure_directory_exists",
