@@ -19,13 +19,14 @@ PARAM_COMM_DTYPE_ATTR_NAME = "comm_dtype"
 _dtype: torch.dtype | None = None
 
 
-def init_autocast_params(engine: Any, dtype: torch.dtype, safe_modules: Iterable[str] | None = None) -> None:
-    """Mark the parameters of modules of these classes, given by import path."""
+def init_autocast_params(
+    engine: Any, dtype: torch.dtype, torch_autocast_lower_precision_safe_modules: Iterable[str] | None = None
+) -> None:
+    """Mark the parameters of modules of these classes, given by import path; without any, of those above."""
     global _dtype
     _dtype = dtype
-    classes = (
-        LOWER_PRECISION_SAFE_MODULES if safe_modules is None else [_imported(path) for path in safe_modules]
-    )
+    paths = torch_autocast_lower_precision_safe_modules
+    classes = LOWER_PRECISION_SAFE_MODULES if paths is None else [_imported(path) for path in paths]
     for module in engine.module.modules():
         if type(module) in classes:
             for param in module.parameters(recurse=False):

@@ -71,7 +71,7 @@ class Init(AbstractContextManager["Init"]):
         if not dist.is_initialized():
             init_distributed()
         problem = _contradicting_single_rank_pg_error(
-            dist.get_world_size(), data_parallel_group or sequence_data_parallel_group, os.environ
+            dist.get_world_size(), data_parallel_group or sequence_data_parallel_group
         )
         if problem is not None:
             raise ShardingError(problem)
@@ -114,12 +114,13 @@ class Init(AbstractContextManager["Init"]):
 
 
 def _contradicting_single_rank_pg_error(
-    dp_world_size: int, data_parallel_group: Any, env: Mapping[str, str | None]
+    dp_world_size: int, explicit_process_group: Any, env: Mapping[str, str | None] | None = None
 ) -> str | None:
     """What is wrong when there is a process group of one rank under a launcher that started more: each would hold
     the whole model. A group that was given is meant."""
-    launched = str(env.get("WORLD_SIZE"))
-    if dp_world_size != 1 or data_parallel_group is not None or not launched.isdigit() or int(launched) <= 1:
+    launched = str((os.environ if env is None else env).get("WORLD_SIZE"))
+    meant = dp_world_size != 1 or explicit_process_group is not None
+    if meant or not launched.isdigit() or int(launched) <= 1:
         return None
     return (
         f"zero.Init: the launcher says WORLD_SIZE={launched}, and the process group has one rank; call "
