@@ -55,6 +55,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "no-shard-on-sharding-mesh": {"mesh": {"dp_shard": 2}},
     "hybrid-without-mesh": {"sharding": "HYBRID_SHARD"},
     "data-parallel-size-against-world": {"data_parallel_size": 8},
+    "unused-in-backward": {
+        "optimizer_in_backward": True,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 3, "ignore_unused_parameters": False},
+    },
     "predivide-with-prescale": {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
     "warmup-longer-than-training": schedule("WarmupCosineLR", warmup_num_steps=20, total_num_steps=10),
     "warmup-downwards": schedule("WarmupLR", warmup_min_lr=0.1, warmup_max_lr=0.01),

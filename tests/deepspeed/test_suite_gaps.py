@@ -438,7 +438,7 @@ def _bf16_steps_that_overflow_are_skipped_on_request() -> None:
     model = net()
     engine = engine_of(model, 2, bf16={"enabled": True, "check_grad_overflow": True})
     before = {name: value.clone() for name, value in engine.module_state_dict().items()}
-    engine(torch.full((2, WIDTH), float("inf"))).sum().backward()
+    engine(torch.full((2, WIDTH), float("inf"), dtype=torch.bfloat16)).sum().backward()
     engine.step()
     assert engine.skipped_steps == 1
     for name, value in engine.module_state_dict().items():

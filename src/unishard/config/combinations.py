@@ -280,6 +280,16 @@ COMBINATIONS: tuple[Combination, ...] = (
         "remove the key, or launch that many ranks",
     ),
     Combination(
+        "unused-in-backward",
+        "zero_optimization.ignore_unused_parameters",
+        lambda d: (
+            d.get("zero_optimization.ignore_unused_parameters") is False
+            and d.get("optimizer_in_backward") is True
+        ),
+        "optimizer_in_backward updates before it is known which parameters were used",
+        "leave out one of the two",
+    ),
+    Combination(
         "predivide-with-prescale",
         "gradient_predivide_factor",
         lambda d: d.get("prescale_gradients") is True and d.number("gradient_predivide_factor") != 1,

@@ -11,7 +11,6 @@ from unishard.config.fields import (
     Count,
     Dtype,
     Honoured,
-    Refused,
     Section,
     Translated,
     enabled,
@@ -38,12 +37,7 @@ class CommunicationKeys(Section):
     ] = "fp32"
     prescale_gradients: Annotated[bool, Honoured()] = False
     gradient_predivide_factor: Annotated[float, Field(gt=0), Honoured()] = 1.0
-    gradient_allreduce_op: Annotated[
-        Literal["mean", "sum"],
-        Refused(
-            "gradients are averaged over data-parallel ranks", 'use "mean", and multiply the loss for a sum'
-        ),
-    ] = "mean"
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], Honoured()] = "mean"
     data_parallel_size: Annotated[Count | None, Honoured()] = None
     sequence_parallel_size: Annotated[
         Count, not_available("sequence parallelism", "set it to 1, and lower the micro-batch or use stage 3")

@@ -69,13 +69,7 @@ class ReduceKeys(Section):
         bool,
         Translated("the norm comes from the pass that unscales and clips, and is available all the same"),
     ] = True
-    ignore_unused_parameters: Annotated[
-        bool,
-        Refused(
-            "a parameter unused in a step is not an error: it keeps grad None",
-            "check for `p.grad is None` yourself",
-        ),
-    ] = True
+    ignore_unused_parameters: Annotated[bool, Honoured()] = True
     legacy_stage1: Annotated[bool, Translated("there is one implementation of ZeRO-1")] = False
     round_robin_gradients: Annotated[
         bool, Translated("every rank has an equal part of each group, so none waits for another's copies")
@@ -94,7 +88,9 @@ class GatherKeys(Section):
     stage3_prefetch_bucket_size: Annotated[
         Size,
         Auto("hidden", lambda hidden: int(0.9 * hidden * hidden)),
-        Translated("gathers run ahead in the order recorded in the step before, one group at a time"),
+        Translated(
+            "gathers run ahead in the order recorded in the step before, one group at a time; with 0, none does"
+        ),
     ] = 5 * 10**7
     stage3_param_persistence_threshold: Annotated[
         Size,
@@ -108,7 +104,12 @@ class GatherKeys(Section):
         Size, Auto(), Translated("at most three groups are gathered at a time")
     ] = 10**9
     stage3_max_reuse_distance: Annotated[
-        Size, Auto(), Translated("a group is released after its last use in forward and after its backward")
+        Size,
+        Auto(),
+        Translated(
+            "a group is released after its last use in forward and after its backward; with 0, groups are single "
+            "modules, and none stays whole from forward to backward"
+        ),
     ] = 10**9
     stage3_gather_16bit_weights_on_model_save: Annotated[
         bool,

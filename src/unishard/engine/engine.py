@@ -198,11 +198,22 @@ class Engine(SaveLoad):
                 "fp16 gradients were computed without the loss scale; call engine.backward(loss), or "
                 "engine.scale(loss).backward()"
             )
+        if not self.config.zero_optimization.ignore_unused_parameters:
+            self._require_used(optimizer)
         with self._timed("step"):
             optimizer.step()
             optimizer.zero_grad()
         self._micro, self._scaled = 0, False
         self._count_step(optimizer, lr_kwargs)
+
+    def _require_used(self, optimizer: ShardedOptimizer) -> None:
+        unused = optimizer.unused()
+        if unused:
+            named = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+            raise StateError(
+                f"zero_optimization.ignore_unused_parameters is false, and no rank has a gradient of {named}; freeze "
+                "what the loss does not depend on, or leave the key out"
+            )
 
     def _count_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any] | None) -> None:
         self.global_steps += 1

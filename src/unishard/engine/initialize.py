@@ -27,9 +27,10 @@ from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_g
 from unishard.sharding.build import ShardPlan
 from unishard.sharding.heap import keep_heap_small
 from unishard.sharding.in_place import ShardedModel, shard_in_place
-from unishard.sharding.placement import preset
+from unishard.sharding.placement import Placement, preset
 from unishard.sharding.ports import ON_DEVICE
 from unishard.sharding.precision import MixedPrecision, as_dtype
+from unishard.sharding.wrap import choose_holders
 
 log = logging.getLogger("unishard")
 
@@ -41,6 +42,8 @@ class Makers(NamedTuple):
     optimizer: Callable[[ResolvedConfig], type[ShardedOptimizer]] = lambda rc: ShardedOptimizer
     schedules: Mapping[str, Callable[..., Any]] = {}
     """By type, in place of the engine's own."""
+    casts_inputs: Callable[[ResolvedConfig], bool] = lambda rc: not _refuses_casts(rc)
+    """Whether floating inputs of the model are cast to a 16-bit compute dtype."""
 
 
 class Initialized(NamedTuple):
@@ -123,8 +126,8 @@ def initialize(
     tiers = build_tiers(rc, axes, device)
     if tiers is not ON_DEVICE:
         keep_heap_small()
-    plan = ShardPlan(preset(rc.sharding), axes, _precision(rc), device, tiers=tiers)
-    sharded = shard_in_place(model, plan)
+    plan = ShardPlan(preset(rc.sharding), axes, _precision(rc, makers), device, tiers=tiers)
+    sharded = _shard(model, plan, rc)
     _cast_buffers(model, rc)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
     scheduler = _scheduler(lr_scheduler, wrapped, rc, makers)
@@ -135,6 +138,15 @@ def initialize(
         loader = build_dataloader(training_data, collate_fn, rc, axes)
     engine = makers.engine(sharded, rc, axes, device, wrapped, scheduler, loader)
     return Initialized(engine, wrapped, loader, scheduler)
+
+
+def _shard(model: nn.Module, plan: ShardPlan, rc: ResolvedConfig) -> ShardedModel:
+    zero = rc.zero_optimization
+    alone = plan.sharding.parameter is Placement.SHARD and zero.stage3_max_reuse_distance == 0
+    sharded = shard_in_place(model, plan, choose_holders(model) if alone else None)
+    sharded.schedule.root.keep_if_root = not alone
+    sharded.schedule.prefetch = zero.stage3_prefetch_bucket_size > 0
+    return sharded
 
 
 def _device() -> torch.device:
@@ -208,7 +220,7 @@ def _configure_checkpointing(rc: ResolvedConfig) -> None:
         configure_keys(given)
 
 
-def _precision(rc: ResolvedConfig) -> MixedPrecision:
+def _precision(rc: ResolvedConfig, makers: Makers) -> MixedPrecision:
     compute = as_dtype(rc.compute_dtype)
     return MixedPrecision(
         param_dtype=compute,
@@ -216,7 +228,7 @@ def _precision(rc: ResolvedConfig) -> MixedPrecision:
         grad_dtype=as_dtype(rc.grad_accum_dtype) if rc.grad_accum_dtype else torch.float32,
         reduce_dtype=as_dtype(rc.communication_data_type) if rc.communication_data_type else compute,
         output_dtype=as_dtype(rc.output_dtype) if rc.output_dtype else None,
-        cast_forward_inputs=compute is not torch.float32 and not _refuses_casts(rc),
+        cast_forward_inputs=compute is not torch.float32 and makers.casts_inputs(rc),
     )
 
 
@@ -250,12 +262,28 @@ def _client_optimizer(
         )
     if not rc.zero_allow_untested_optimizer:
         check_client_optimizer(optimizer)
-    if optimizer.state:
+    if optimizer.state and not _as_built(optimizer):
         raise ConfigError(
             f"{type(optimizer).__name__} has stepped already: its state belongs to whole parameters; build it fresh "
             "and pass it to initialize before the first step"
         )
     return optimizer
+
+
+def _as_built(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all state is what the constructor makes: torch's Adagrad begins with sums."""
+    return type(optimizer) is torch.optim.Adagrad and all(
+        float(state["step"]) == 0 for state in optimizer.state.values()
+    )
+
+
+def _build_again(optimizer: torch.optim.Optimizer) -> None:
+    """State as the constructor makes it, for the pieces that the groups hold now."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups if type(optimizer) is torch.optim.Adagrad else ():
+        for piece in group["params"]:
+            total = torch.full_like(piece, group["initial_accumulator_value"])
+            optimizer.state[piece] = {"step": torch.zeros(()), "sum": total}
 
 
 def _optimizer(
@@ -270,6 +298,7 @@ def _optimizer(
     if client is not None:
         for group in client.param_groups:
             group["params"] = pieces.of(group["params"])
+        _build_again(client)
         inner = client
     elif rc.optimizer is not None:
         groups = [{**g, "params": pieces.of(g["params"])} for g in user_groups(model_parameters, model)]
@@ -289,8 +318,10 @@ def _optimizer(
 
 
 def _set_divisors(sharded: ShardedModel, rc: ResolvedConfig) -> None:
-    """`prescale_gradients` divides before the wire, otherwise after; the result is the mean either way."""
+    """`prescale_gradients` divides before the wire, otherwise after; the result is the same either way."""
     for group in sharded.groups:
+        if rc.gradient_allreduce_op == "sum":
+            group.gradients.divisor = 1.0
         if rc.prescale_gradients:
             factor = rc.gradient_predivide_factor
             group.gradients.predivide = float(factor) if factor != 1.0 else float(group.axes.world_size)

@@ -274,8 +274,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise StateError(
                 f"backward(loss, tokens=...) counted {total} valid tokens over all ranks; nothing to average"
             )
-        # Groups hold the mean over ranks of token sums.
-        return factor * axes.world_size / total
+        # Groups hold the mean over ranks of token sums, or their sum where the configuration asks for that.
+        return factor * groups[0].gradients.divisor / total
 
     def _skip(self, groups: Sequence[ShardGroup]) -> None:
         self.skipped_steps += 1
@@ -361,6 +361,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._flat.release()
         self._attach(used)
         self.inner.step()
+
+    def unused(self) -> list[str]:
+        """Names of trainable parameters that no rank used since the last update. All ranks call together."""
+        groups = [group for group in self._schedule.groups if group.trainable]
+        used = self._used(groups)
+        return [g.registrations[i].fqn for g in groups for i in sorted(g.trainable - used[g])]
 
     def _used(self, groups: Sequence[ShardGroup]) -> dict[ShardGroup, Set[int]]:
         """By group, the trainable parameters that some rank used. All ranks call together."""

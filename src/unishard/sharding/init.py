@@ -53,6 +53,7 @@ def init_sharded(
     with target, build.wrapped_inits(), _Reopening(build):
         yield
     build.close_all()
+    build.shard_late()
 
 
 class _ShardingBuild:
@@ -63,6 +64,8 @@ class _ShardingBuild:
         self._dtype = dtype
         self._open: dict[int, tuple[nn.Parameter, SingleShard]] = {}
         self._running: Counter[int] = Counter()
+        self._on_meta: list[nn.Module] = []
+        """Modules that were built without memory (`torch.nn.utils.skip_init`) and may have got it since."""
 
     def touch(self, params: Sequence[tuple[nn.Parameter, SingleShard]]) -> None:
         """Make `params` whole and release others that an earlier function needed."""
@@ -77,6 +80,12 @@ class _ShardingBuild:
 
     def close_all(self) -> None:
         self.touch([])
+
+    def shard_late(self) -> None:
+        """Shard what had no memory when its module's `__init__` was over, and has now."""
+        for module in self._on_meta:
+            self._shard_own(module)
+        self._on_meta.clear()
 
     @contextmanager
     def wrapped_inits(self) -> Iterator[None]:
@@ -116,8 +125,13 @@ class _ShardingBuild:
 
     def _built(self, module: nn.Module) -> None:
         self.close_all()
+        if any(param is not None and param.is_meta for param in module._parameters.values()):
+            self._on_meta.append(module)
+        self._shard_own(module)
+
+    def _shard_own(self, module: nn.Module) -> None:
         for param in module._parameters.values():
-            if param is not None and single_of(param) is None and not param.is_meta:
+            if param is not None and param.numel() and single_of(param) is None and not param.is_meta:
                 shard_single(param, self._axes, self._dtype)
 
 

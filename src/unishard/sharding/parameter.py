@@ -170,7 +170,9 @@ class InPlaceParameter(Registration):
             )
         self._param = record.param
         self._view = view
-        self._empty = torch.empty(0, dtype=view.dtype, device=view.device)
+        # A parameter without elements has nothing to release, and keeps its shape.
+        shape = (0,) if view.numel() else view.shape
+        self._empty = torch.empty(shape, dtype=view.dtype, device=view.device)
 
     @property
     def visible(self) -> nn.Parameter:

@@ -76,6 +76,24 @@ def choose_modules(model: nn.Module, large: int = LARGE_MODULE) -> list[tuple[st
     return chosen
 
 
+def choose_holders(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules below `model` with parameters of their own, outermost first.
+
+    What is inside one of them stays with it: a module may use its children's parameters without calling them.
+    """
+    chosen: list[tuple[str, nn.Module]] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if is_leaf(child) or any(True for _ in child.parameters(recurse=False)):
+                chosen.append((prefix + name, child))
+            else:
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return chosen
+
+
 def _is_block(parent: nn.Module, child: nn.Module) -> bool:
     """A block of a stack: a container's child with structure of its own, not three projections that are all Linear."""
     return isinstance(parent, nn.ModuleList | nn.Sequential | nn.ModuleDict) and any(

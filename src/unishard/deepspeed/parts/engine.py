@@ -29,6 +29,7 @@ from unishard.deepspeed.parts.timers import ThroughputTimer
 from unishard.engine.engine import Engine
 from unishard.errors import StateError, UnsupportedError
 from unishard.optim.sharded import ShardedOptimizer
+from unishard.sharding.precision import as_dtype
 
 log = logging.getLogger("unishard")
 
@@ -65,6 +66,13 @@ class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
         self.args, self.collate_fn, self.client_optimizer = args, collate_fn, client
         if self.optimizer is not None:
             note_optimizer(self.optimizer)
+            shown: Any = self.optimizer
+            shown.shows_norm = config.zero_optimization.compute_grad_norm
+        autocast = config.torch_autocast
+        if autocast.enabled:
+            from unishard.deepspeed.parts.autocast import init_autocast_params
+
+            init_autocast_params(self, as_dtype(autocast.dtype), autocast.lower_precision_safe_modules)
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         # Direct calls of backward() are divided by the accumulation steps here.
         self._warned_plain_backward = True
@@ -121,6 +129,14 @@ class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
             return loss.detach().float() / self.gradient_accumulation_steps()
         return divided
 
+    def scale(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+        """As `unishard.Engine.scale`; `retain_graph` is for the backward that follows, and changes nothing here."""
+        if loss.numel() != 1 or not loss.requires_grad:
+            raise EngineMisuseError(
+                f"scale() takes the loss, a scalar tensor with a gradient, not shape {tuple(loss.shape)}"
+            )
+        return super().scale(loss)
+
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         if not self._syncs:
             raise EngineMisuseError(
@@ -131,6 +147,17 @@ class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
         boundary = self.is_gradient_accumulation_boundary()
         super().step(lr_kwargs)
         self.tput_timer.stop(global_step=boundary)
+
+    def _require_used(self, optimizer: ShardedOptimizer) -> None:
+        try:
+            super()._require_used(optimizer)
+        except StateError as error:
+            raise EngineMisuseError(str(error)) from None
+
+    def _after_backward(self) -> None:
+        super()._after_backward()
+        if self.optimizer is not None:
+            self.optimizer.micro_step_id += 1  # pyright: ignore[reportAttributeAccessIssue]
 
     def _take_assigned(self) -> None:
         """Gradients that the script put on parameters by hand, without a backward; they carry the loss scale."""
@@ -156,7 +183,13 @@ class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """As `unishard.Engine.no_sync`; inside another one it raises, as DeepSpeed's does."""
+        """As `unishard.Engine.no_sync`; inside another one, and under ZeRO-2 and 3, it raises, as DeepSpeed's does."""
+        if self.zero_optimization_stage() > 1:
+            raise EngineMisuseError(
+                f"no_sync() under ZeRO-{self.zero_optimization_stage()}: scripts written for DeepSpeed count on "
+                "gradients being sharded after each backward; leave it out, or keep sums local with "
+                "coalesce_grad_reduction()"
+            )
         if not self._syncs:
             raise EngineMisuseError(
                 "no_sync() inside no_sync(): gradients stay local already; leave the inner one out"
@@ -167,7 +200,7 @@ class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
         """Backwards inside keep their sums local; leaving reduces them once, before the next `step()`."""
-        with self.no_sync():
+        with Engine.no_sync(self):
             yield
         self.schedule.reduce_pending()
 
@@ -369,20 +402,20 @@ class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
             else [group.get("type", 0.0) for group in self.optimizer.param_groups]
         )
 
+    def get_global_grad_norm(self) -> float | None:
+        """As `unishard.Engine.get_global_grad_norm`; `None` with `zero_optimization.compute_grad_norm` false."""
+        return None if self.optimizer is None else self.optimizer._global_grad_norm  # pyright: ignore
+
     def loss_scale_value(self) -> float:
         """The loss scale of the next backward."""
         return self.loss_scale  # pyright: ignore[reportReturnType]
 
     @property
     def communication_data_type(self) -> torch.dtype:
-        from unishard.sharding.precision import as_dtype
-
         return as_dtype(self.config.communication_data_type or self.config.compute_dtype)
 
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
         """(compute dtype, gradient accumulation dtype)."""
-        from unishard.sharding.precision import as_dtype
-
         return as_dtype(self.config.compute_dtype), as_dtype(self.config.grad_accum_dtype or "fp32")
 
     # life -----------------------------------------------------------------------------------------------------
@@ -410,9 +443,11 @@ class DeepSpeedEngine(DataIO, MixedPrecisionNames, Engine):
             unit.reshard()
 
     def offload_states(self, *args: Any, **options: Any) -> None:
-        raise UnsupportedError(
-            "engine.offload_states() is not available in this version; free memory with smaller models or stage 3"
-        )
+        """Bring states to CPU memory, where those of an engine on the CPU are already."""
+        if self.device.type != "cpu":
+            raise UnsupportedError(
+                "engine.offload_states() is not available in this version; free memory with smaller models or stage 3"
+            )
 
     reload_states = offload_states
 

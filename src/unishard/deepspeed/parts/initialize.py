@@ -21,9 +21,11 @@ from unishard.deepspeed.parts.configuration import (
 from unishard.deepspeed.parts.data import DeepSpeedDataLoader
 from unishard.deepspeed.parts.engine import DeepSpeedEngine
 from unishard.deepspeed.parts.logs import set_log_level_from_string
+from unishard.deepspeed.parts.optimizers import DeepSpeedCPUAdam
 from unishard.deepspeed.parts.parameters import show_zero_attributes
+from unishard.deepspeed.parts.partitions import ZeRORuntimeException
 from unishard.deepspeed.parts.schedules import SCHEDULES
-from unishard.deepspeed.parts.zero_init import restore_init_context, shutdown_init_context
+from unishard.deepspeed.parts.zero_init import restore_init_context, shutdown_init_context, watch_gathered
 from unishard.deepspeed.parts.zero_optimizers import optimizer_class, show_as_configured
 from unishard.engine.initialize import Makers
 from unishard.engine.initialize import initialize as build
@@ -73,6 +75,8 @@ def initialize(
             "are; leave it out"
         )
     raw = _config_of(args, config if config is not None else config_params)
+    _refuse_slow_offload(raw, optimizer)
+    watch_gathered(raw)
     if dist_init_required is not False:
         init_distributed(distributed_port=distributed_port)
     show_zero_attributes()
@@ -92,7 +96,9 @@ def initialize(
             config=with_defaults(raw),
             mesh=_mesh(mpu, mesh_param),
             dist_init_required=dist_init_required,
-            makers=Makers(DeepSpeedEngine, partial(optimizer_class, torch_adam=torch_adam), SCHEDULES),
+            makers=Makers(
+                DeepSpeedEngine, partial(optimizer_class, torch_adam=torch_adam), SCHEDULES, _casts_inputs
+            ),
         )
     except (ConfigError, UnsupportedError) as error:
         raise DeepSpeedConfigError(str(error)) from error
@@ -108,6 +114,23 @@ def initialize(
     if built.dataloader is not None:
         engine.training_dataloader = DeepSpeedDataLoader.around(built.dataloader)
     return engine, built.optimizer, engine.training_dataloader, built.lr_scheduler
+
+
+def _casts_inputs(rc: ResolvedConfig) -> bool:
+    """As in DeepSpeed, inputs reach the model in the dtype they come in, unless `fp16.auto_cast` asks for fp16."""
+    return bool(rc.fp16.enabled) and rc.fp16.auto_cast is True
+
+
+def _refuse_slow_offload(raw: dict[str, Any], optimizer: Any) -> None:
+    """What `"zero_force_ds_cpu_optimizer": true` is for. Here others offload well too, so it has to be asked for."""
+    section = raw.get("zero_optimization")
+    offload = section.get("offload_optimizer") if isinstance(section, dict) else None
+    asked = raw.get("zero_force_ds_cpu_optimizer") is True and bool(offload)
+    if asked and optimizer is not None and not isinstance(optimizer, DeepSpeedCPUAdam):
+        raise ZeRORuntimeException(
+            f"zero_force_ds_cpu_optimizer is true, and the optimizer is {type(optimizer).__name__}; pass a "
+            "DeepSpeedCPUAdam, or leave the key out: any optimizer's state may be offloaded"
+        )
 
 
 def _config_of(args: Any, config: Any) -> dict[str, Any]:

@@ -161,13 +161,24 @@ def _listed(tensors: Tensors) -> list[Tensor]:
 
 
 def get_global_norm(norm_list: Iterable[float]) -> float:
-    """The 2-norm of parts whose 2-norms are given; infinite if one is not finite.
+    """The 2-norm of parts whose 2-norms are given; infinite if one is not finite, or -1, which stands for that.
 
     >>> get_global_norm([3.0, 4.0])
     5.0
     """
     norms = [float(norm) for norm in norm_list]
-    return math.hypot(*norms) if all(map(math.isfinite, norms)) else math.inf
+    return math.hypot(*norms) if all(0 <= norm < math.inf for norm in norms) else math.inf
+
+
+def combine_grad_norm_groups(norm_groups: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """As `get_global_norm`, of tensors and for any norm.
+
+    >>> combine_grad_norm_groups([torch.tensor(3.0), torch.tensor(4.0)])
+    tensor(5.)
+    """
+    norms = torch.stack([norm.reshape(()).float() for norm in norm_groups])
+    valid = torch.isfinite(norms).all() & (norms >= 0).all()
+    return torch.where(valid, torch.linalg.vector_norm(norms, norm_type), math.inf)
 
 
 def get_global_norm_of_tensors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from math import prod
 from typing import Any
@@ -35,6 +35,35 @@ class ZeroParamStatus(Enum):
 
 _ids: dict[int, tuple[weakref.ref[Any], int]] = {}
 _next_id = itertools.count()
+
+
+class LocalPart(torch.Tensor):
+    """This rank's part of a parameter, as `ds_tensor` shows it: the memory itself. To assign `data` writes it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    ds_numel: int
+    _group: ShardGroup | None
+
+    @classmethod
+    def of(cls, part: torch.Tensor, group: ShardGroup | None) -> LocalPart:
+        shown = torch.Tensor._make_subclass(cls, part)
+        # As libraries read it: elements of a part.
+        shown.ds_numel, shown._group = part.numel(), group
+        return shown
+
+    @property
+    def data(self) -> torch.Tensor:
+        plain: Any = torch.Tensor.data
+        return plain.__get__(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.copy_(value.reshape(-1))
+        if self._group is not None:
+            self._group.buffer.carry_over()
+            torch.autograd.graph.increment_version([self._group.buffer.shard])
+            self._group.forget_gathered()
 
 
 class _Sharded:
@@ -68,24 +97,23 @@ class _Sharded:
         return None if axes is None else axes.shard.group
 
     @property
-    def local(self) -> torch.Tensor:
+    def local(self) -> LocalPart:
         """This rank's part, 1-D."""
         if self.group is not None:
             local = self.group.buffer.local(self.index, self.group.buffer.shard)
         else:
             local = self.single.held if self.single is not None else self.param.detach().view(-1)
-        # As libraries read it: elements of a part.
-        local.ds_numel = local.numel()  # pyright: ignore[reportAttributeAccessIssue]
-        return local
+        return LocalPart.of(local, self.group)
 
 
 def sharded(param: torch.Tensor) -> _Sharded | None:
-    """What is known of a parameter that rests as shards; `None` for others, those of ZeRO-1 and 2 included."""
+    """What is known of a parameter that rests as shards; `None` for others, those of ZeRO-1 and 2 included, and for
+    those without elements, of which there is nothing to shard."""
     single = single_of(param)
     if single is not None:
         return _Sharded(param, single, None, 0)
     home = home_of(param)
-    if home is None or home.group.resident:
+    if home is None or home.group.resident or not prod(home.shape):
         return None
     return _Sharded(param, None, home.group, home.index)
 
@@ -107,17 +135,6 @@ def _gathering(sharding: _Sharded) -> Callable[..., None]:
     return all_gather
 
 
-def _gathering_together(sharding: _Sharded) -> Callable[..., Any]:
-    def all_gather_coalesced(params: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
-        from unishard.deepspeed.parts.partitions import MultipleAllGatherHandles
-        from unishard.deepspeed.parts.zero_init import open_parameters
-
-        open_parameters(list(params))
-        return MultipleAllGatherHandles([])
-
-    return all_gather_coalesced
-
-
 def _releasing(sharding: _Sharded) -> Callable[..., None]:
     def partition(
         param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, free_data: bool = True
@@ -128,6 +145,23 @@ def _releasing(sharding: _Sharded) -> Callable[..., None]:
         close_parameters(params, updated=has_been_updated, free=free_data)
 
     return partition
+
+
+class GatherHandle:
+    """A gather that is over when it returns: `wait()` has nothing to do, however often it is called."""
+
+    def wait(self, **options: Any) -> None:
+        return None
+
+
+def _gathering_together(sharding: _Sharded) -> Callable[..., GatherHandle]:
+    def all_gather_coalesced(params: Iterable[nn.Parameter], **options: Any) -> GatherHandle:
+        from unishard.deepspeed.parts.zero_init import open_parameters
+
+        open_parameters(list(params))
+        return GatherHandle()
+
+    return all_gather_coalesced
 
 
 _ATTRIBUTES: dict[str, Callable[[_Sharded], Any]] = {

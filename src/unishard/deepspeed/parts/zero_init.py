@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -69,8 +70,14 @@ class Init(AbstractContextManager["Init"]):
             return
         if not dist.is_initialized():
             init_distributed()
+        problem = _contradicting_single_rank_pg_error(
+            dist.get_world_size(), data_parallel_group or sequence_data_parallel_group
+        )
+        if problem is not None:
+            raise ShardingError(problem)
         show_zero_attributes()
         self._config = raw_config(config if config is not None else config_dict_or_path)
+        watch_gathered(self._config)
         self.dtype = dtype if dtype is not None else _dtype_of(self._config)
         self._mesh = _mesh_of(data_parallel_group or sequence_data_parallel_group)
         self._context: AbstractContextManager[None] | None = None
@@ -80,7 +87,7 @@ class Init(AbstractContextManager["Init"]):
     def _shard(self, module: nn.Module) -> None:
         axes = axes_of(self._mesh if self._mesh is not None else build_mesh("cpu"))
         for param in module.parameters():
-            if single_of(param) is None and home_of(param) is None and not param.is_meta:
+            if param.numel() and single_of(param) is None and home_of(param) is None and not param.is_meta:
                 shard_single(param, axes, self.dtype if param.is_floating_point() else None)
 
     def __enter__(self) -> Init:
@@ -106,6 +113,22 @@ class Init(AbstractContextManager["Init"]):
         self._end(*failure)
 
 
+def _contradicting_single_rank_pg_error(
+    dp_world_size: int, explicit_process_group: Any, env: Mapping[str, str | None] | None = None
+) -> str | None:
+    """What is wrong when there is a process group of one rank under a launcher that started more: each would hold
+    the whole model. A group that was given is meant."""
+    launched = str((os.environ if env is None else env).get("WORLD_SIZE"))
+    meant = dp_world_size != 1 or explicit_process_group is not None
+    if meant or not launched.isdigit() or int(launched) <= 1:
+        return None
+    return (
+        f"zero.Init: the launcher says WORLD_SIZE={launched}, and the process group has one rank; call "
+        "deepspeed.init_distributed() before anything makes a process group of its own, or pass "
+        "data_parallel_group= if one rank is meant"
+    )
+
+
 def shutdown_init_context() -> None:
     """Leave the running `zero.Init`, so that modules built from now on are ordinary."""
     if _active:
@@ -127,6 +150,17 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype | None:
     return None
 
 
+_watching = False
+"""Whether parameters are compared with what they were, when a `GatheredParameters` that drops changes ends."""
+
+
+def watch_gathered(config: dict[str, Any]) -> None:
+    """Take `zero_optimization.enable_sanity_checks` of a configuration over, for good."""
+    global _watching
+    section = config.get("zero_optimization")
+    _watching = _watching or (isinstance(section, dict) and section.get("enable_sanity_checks") is True)
+
+
 def _mesh_of(group: Any) -> Any:
     if group is None:
         return None
@@ -135,12 +169,17 @@ def _mesh_of(group: Any) -> Any:
     return DeviceMesh.from_group(group, "cuda" if torch.cuda.is_available() else "cpu")
 
 
+class ModifiedError(ShardingError, RuntimeError):
+    """Gathered parameters were written where nobody takes the changes over."""
+
+
 class GatheredParameters(AbstractContextManager[None]):
     """Parameters are whole inside. With `modifier_rank`, everybody takes over what that rank wrote.
 
     Args:
         params: a parameter, an iterable of parameters, or a module; those that are not sharded are left alone.
-        modifier_rank: a data-parallel rank; with `None`, changes are dropped.
+        modifier_rank: a data-parallel rank; with `None`, changes are dropped, or with
+            `zero_optimization.enable_sanity_checks` an error on all ranks.
         fwd_module: accepted; a group remembers by itself what holds it. enabled: False makes this do nothing.
     """
 
@@ -150,13 +189,34 @@ class GatheredParameters(AbstractContextManager[None]):
         self._params = [] if not enabled else [p for p in _as_list(params) if is_zero_param(p)]
         self._modifier_rank = modifier_rank
         self._stack = ExitStack()
+        self._versions: list[int] = []
 
     def __enter__(self) -> None:
         if self._params:
             self._stack.enter_context(gather(self._params, modifier_rank=self._modifier_rank))
+            if _watching and self._modifier_rank is None:
+                self._versions = [param._version for param in self._params]
 
     def __exit__(self, *failure: Any) -> None:
+        pairs = zip(self._params, self._versions, strict=False)
+        written = [param for param, version in pairs if param._version != version]
         self._stack.__exit__(*failure)
+        if self._versions and failure[0] is None:
+            self._refuse(written)
+
+    def _refuse(self, written: list[nn.Parameter]) -> None:
+        """Raise on every rank if any rank wrote."""
+        single, home = single_of(self._params[0]), home_of(self._params[0])
+        axes = single.axes if single is not None else home.group.axes if home is not None else None
+        shapes = [tuple(param.ds_shape) for param in written]  # pyright: ignore[reportAttributeAccessIssue]
+        everywhere = [shapes] if axes is None else axes.shard.all_gather_object(shapes)
+        rank = next((rank for rank, found in enumerate(everywhere) if found), None)
+        if rank is not None:
+            raise ModifiedError(
+                f"rank {rank} wrote to gathered parameters of shapes {everywhere[rank]} in place (in-place "
+                "modification), and GatheredParameters(modifier_rank=None) drops what is written; name the rank whose "
+                "changes count"
+            )
 
 
 def _as_list(params: Any) -> list[Any]:

@@ -12,8 +12,11 @@ from torch import nn
 from unishard.config import ResolvedConfig
 from unishard.deepspeed.parts.flat_state import flat_masters, put_masters, show_flat_state
 from unishard.deepspeed.parts.optimizers import DeepSpeedCPUAdam, FusedAdam
+from unishard.optim.flat import Piece
 from unishard.optim.loss_scale import NoLossScale, StaticLossScale
 from unishard.optim.sharded import ShardedOptimizer
+from unishard.sharding.leaves import is_leaf
+from unishard.sharding.whole_state import ParameterHome, whole_state
 
 
 class DeepSpeedOptimizer(ShardedOptimizer):
@@ -21,6 +24,10 @@ class DeepSpeedOptimizer(ShardedOptimizer):
 
     attempted_steps = 0
     """Steps so far, skipped ones included."""
+    shows_norm = True
+    """Whether scripts see the norm of gradients: not with `zero_optimization.compute_grad_norm` false."""
+    micro_step_id = 0
+    """Backwards since gradients were last forgotten."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -29,6 +36,10 @@ class DeepSpeedOptimizer(ShardedOptimizer):
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().step(closure)
         self.attempted_steps += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.micro_step_id = 0
 
     @property
     def overflow(self) -> bool:
@@ -55,7 +66,20 @@ class DeepSpeedOptimizer(ShardedOptimizer):
 
     @property
     def _global_grad_norm(self) -> float | None:
-        return self.grad_norm
+        return self.grad_norm if self.shows_norm else None
+
+    @property
+    def check_grad_overflow(self) -> bool:
+        """Whether a step with gradients that are not finite is skipped."""
+        return self.skips_overflow
+
+    @property
+    def _epilogue_ran_this_backward(self) -> bool:
+        return self.micro_step_id > 0
+
+    def needs_scaler(self) -> bool:
+        """Whether a loss has to be multiplied by the loss scale before its backward."""
+        return not isinstance(self.scaler, NoLossScale)
 
     def get_loss_scale(self) -> float:
         return self.loss_scale
@@ -85,6 +109,9 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         """This rank's fp32 parts of the parameters of one parameter group."""
         return [piece.param.detach() for piece in self.members[group]]
 
+    def _trained(self, group: int) -> list[Piece]:
+        return [piece for piece in self.members[group] if piece.index in piece.group.trainable]
+
     def refresh_fp32_params(self) -> None:
         """Master weights follow the parameters by themselves; nothing to do."""
 
@@ -97,9 +124,7 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         The loss scale is still in them.
         """
         found = []
-        for piece in self.members[group]:
-            if piece.index not in piece.group.trainable:
-                continue
+        for piece in self._trained(group):
             gradients = piece.group.gradients.shard
             if gradients is None:
                 found.append(torch.zeros_like(piece.param.detach()))
@@ -182,7 +207,10 @@ class ZeROOptimizer(DeepSpeedOptimizer):
     def get_fp32_grad_partitions(self) -> dict[int, dict[int, torch.Tensor]]:
         """This rank's parts of the reduced gradients in fp32, by parameter group and position in it."""
         return {
-            group: {index: grad.float() for index, grad in enumerate(grads)}
+            group: {
+                index: _filled(grad.float(), piece)
+                for index, (grad, piece) in enumerate(zip(grads, self._trained(group), strict=True))
+            }
             for group, grads in self.averaged_gradients.items()
         }
 
@@ -230,18 +258,39 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
 
 
 class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
-    """ZeRO-3."""
+    """ZeRO-3. Of DeepSpeed's sub-groups, which its optimizer steps one by one, each holds one parameter here."""
 
     _STATE, _MASTERS = "optimizer_state_dict", "fp32_flat_groups"
 
     @property
-    def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
-        return self.single_partition_of_fp32_groups
+    def _parts(self) -> list[Piece]:
+        """This rank's parts of all parameters; empty ones are left out."""
+        return [piece for pieces in self.members for piece in pieces if piece.param.numel()]
+
+    @property
+    def fp16_groups(self) -> list[list[nn.Parameter]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """For each sub-group its parameters."""
+        return [[piece.group.registrations[piece.index].visible] for piece in self._parts]
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[nn.Parameter]:
+        """For each sub-group this rank's fp32 elements, as the torch optimizer holds them."""
+        return [piece.param for piece in self._parts]
 
     @property
     def fp16_partitioned_groups(self) -> list[list[torch.Tensor]]:
         """For each parameter group this rank's parts, in the dtype they rest in."""
         return [self._masters(group) for group in range(len(self.members))]
+
+    @property
+    def leaf_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
+        """The parameters of each leaf module."""
+        return {
+            module: [r.visible for group in unit.groups for r in group.registrations]
+            for unit in self._schedule.units
+            for module in unit.modules
+            if is_leaf(module)
+        }
 
 
 class BF16_Optimizer(ZeROOptimizer):
@@ -253,6 +302,19 @@ class BF16_Optimizer(ZeROOptimizer):
 
     @property
     def fp32_groups_gradients_flat(self) -> list[torch.Tensor]:
+        """For each parameter group the reduced gradients, whole and flat: copies. All ranks read it together."""
+        return [
+            _flat(
+                [
+                    whole_state(ParameterHome(piece.group, piece.index), grad.float())
+                    for piece, grad in zip(self._trained(group), self._reduced(group), strict=True)
+                ]
+            )
+            for group in range(len(self.members))
+        ]
+
+    @property
+    def fp32_groups_gradient_flat_partition(self) -> list[torch.Tensor]:
         """For each parameter group this rank's parts of the reduced gradients, flat."""
         return [_flat(self._reduced(group)).float() for group in range(len(self.members))]
 
@@ -347,6 +409,13 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     if not tensors:
         return torch.empty(0)
     return tensors[0].view(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _filled(grad: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A part with the padding behind it, where its parameter lies alone and so the ranks' parts are equally long."""
+    layout = piece.group.buffer.layout
+    missing = layout.shard_numel - grad.numel()
+    return torch.nn.functional.pad(grad, (0, missing)) if len(layout.shapes) == 1 and missing else grad
 
 
 def optimizer_class(rc: ResolvedConfig, torch_adam: bool = False) -> type[ShardedOptimizer]:

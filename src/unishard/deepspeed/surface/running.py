@@ -141,6 +141,7 @@ RUNNING: dict[str, Names] = {
             "call_to_str",
             "clip_grad_norm_",
             "clip_tensors_by_global_norm",
+            "combine_grad_norm_groups",
             "copy_to_device",
             "empty_cache",
             "ensure_directory_exists",
@@ -172,7 +173,20 @@ RUNNING: dict[str, Names] = {
     },
     "runtime.compiler": {**part("machine", "is_compile_supported", "disable", "enable", "is_compiling")},
     "runtime.torch_autocast": {
-        **absent("set bf16.enabled, or use torch.autocast yourself", "init_autocast_params")
+        **part(
+            "autocast",
+            "LOWER_PRECISION_SAFE_MODULES",
+            "PARAM_COMM_DTYPE_ATTR_NAME",
+            "get_all_comm_dtypes",
+            "get_autocast_dtype",
+            "get_comm_dtype",
+            "get_default_autocast_lower_precision_modules",
+            "has_comm_dtype",
+            "init_autocast_params",
+            "is_autocast_initialized",
+            "sort_dtypes",
+            note="what travels is in communication_data_type, whatever the module",
+        )
     },
     "runtime.sparse_tensor": {
         **absent("gradients are reduced dense; build embeddings with sparse=False", "SparseTensor")

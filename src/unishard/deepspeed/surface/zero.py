@@ -41,6 +41,7 @@ ZERO: dict[str, Names] = {
         **_STATUS,
         **_INIT,
         **part("zero_init", "unregister_external_parameter", "shutdown_init_context", "restore_init_context"),
+        **part("zero_init", "_contradicting_single_rank_pg_error"),
         **part(
             "partitions",
             "partitioned_param_data_shape",
