@@ -46,7 +46,7 @@ def engine_of(stage: int, model: nn.Module | None = None, **more: Any) -> Any:
 def train(engine: Any, steps: int) -> None:
     for seed in range(steps):
         x = torch.randn(2, 10, generator=torch.Generator().manual_seed(seed))
-        engine.backward(engine(x).square().mean())
+        engine.backward(engine(x.to(next(engine.module.parameters()).dtype)).square().mean())
         engine.step()
 
 

@@ -47,7 +47,7 @@ def _buffers_and_quantized_weights(stage: int) -> None:
     model = quantized()
     engine = engine_of(model, stage)
     assert (engine._config.param_dtype, engine._config.buffer_dtype) == (None, None)
-    engine.backward(engine(torch.ones(1, WIDTH)).sum())
+    engine.backward(engine(torch.ones(1, WIDTH, dtype=torch.bfloat16)).sum())
     engine.step()
     assert model[0].weight.dtype is torch.bfloat16
     assert (model.frequencies.dtype, model.held.scale.dtype) == (torch.float32, FP8)
@@ -71,7 +71,7 @@ def _dtypes_by_name() -> None:
     engine.bfloat16_enabled = lambda: False
     with pytest.raises(AssertionError, match="param_dtype bf16 contradicts"):
         engine._assert_valid_mixed_precision_config()
-    loss = engine(torch.ones(1, WIDTH)).sum()
+    loss = engine(torch.ones(1, WIDTH, dtype=torch.bfloat16)).sum()
     assert engine.backward(loss).dtype is torch.float32
 
 
@@ -91,7 +91,7 @@ def _classes() -> None:
         inner = engine.optimizer.optimizer
         assert type(inner).__name__ == shown
         assert getattr(inner, "adam_w_mode", True) is True
-        engine.backward(engine(torch.ones(1, WIDTH)).sum())
+        engine.backward(engine(torch.ones(1, WIDTH, dtype=torch.bfloat16)).sum())
         engine.step()
         assert len(inner.state) == 2
     plain = engine_of(nn.Linear(WIDTH, 1), 0, optimizer={"type": "SGD", "params": {"lr": 1e-2}})
@@ -109,7 +109,7 @@ def _scales() -> None:
     assert engine.optimizer.loss_scaler.cur_scale == engine.loss_scale_value() == 32.0
     engine.optimizer.override_loss_scale(8.0)
     assert engine.loss_scale_value() == 8.0
-    engine.backward(engine(torch.ones(1, WIDTH)).sum())
+    engine.backward(engine(torch.ones(1, WIDTH, dtype=torch.float16)).sum())
     engine.step()
     assert engine.was_step_applied()
     for bad, message in ((float("inf"), "must be finite"), (0, "must be greater than 0")):

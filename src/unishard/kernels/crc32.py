@@ -8,8 +8,8 @@ from typing import Any
 import numpy
 
 try:
-    import unishard._native as _native
-except ImportError:
+    from unishard.kernels.native import _native
+except ImportError:  # not compiled
     _native = None
 
 _SHORT = 256  # bytes below which finding an address costs more than it saves
