@@ -16,6 +16,7 @@ EXPENSIVE = {
     "torch._dynamo",
     "torch._inductor",
     "transformers",
+    "lightning",
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from unishard.config import Config, resolve
 from unishard.errors import ConfigError
+from unishard.integrations import lightning
 from unishard.integrations.lightning_arguments import (
     Completed,
     TrainerArguments,
@@ -175,3 +178,13 @@ def test_buffers_go_to_the_device_and_parameters_stay():
     move_buffers(model, torch.device("meta"))
     assert all(buffer.is_meta for buffer in model.buffers())
     assert not any(param.is_meta for param in model.parameters())
+
+
+def test_without_lightning_the_class_says_what_to_install(monkeypatch):
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'unishard\[lightning\]'"):
+        _ = lightning.UnishardStrategy
+    with pytest.raises(AttributeError, match="it has UnishardStrategy"):
+        _ = lightning.Strategy
