@@ -176,6 +176,7 @@ def test_half_precision_parameters_are_updated_in_fp32(options, dtype):
     narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.float())
     ours = DeepSpeedCPUAdam([narrow, weight()], lr=1e-2, **options)
     torchs = torch.optim.AdamW([wide], lr=1e-2, weight_decay=0.0)
+    torch.optim.Adam([weight()])  # the first of its class: from now on torch's own step runs hooks, too
     calls: list[int] = []
     ours.register_step_pre_hook(lambda *_: calls.append(1))
     for _ in range(3):
