@@ -268,6 +268,38 @@ def _checkpoints_leave_out_what_has_no_elements(folder: str) -> None:
         assert torch.equal(value, loaded.module_state_dict()[name]), name
 
 
+class Cells(nn.Module):
+    """Blocks that are dictionaries: their parts are called, never they."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(4), "linear": nn.Linear(4, 4)}) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for cell in self.cells:
+            x = cell["linear"](cell["norm"](x))  # pyright: ignore[reportIndexIssue]
+        return x
+
+
+def _lists_of_modules_are_gathered_with_what_calls_their_parts() -> None:
+    for zero in ({}, ALONE):
+        for leaf in (None, nn.ModuleList, Cells):
+            model = Cells()
+            if leaf is not None:
+                deepspeed.utils.set_z3_leaf_modules(model, [leaf])
+            engine = engine_of(model, 3, zero)
+            engine.backward(engine(torch.ones(1, 4)).sum())
+            engine.step()
+            names = [unit.name for unit in engine.schedule.units[1:]]
+            assert len(names) == (4 if zero is ALONE and leaf is None else 0), names
+
+
+def test_lists_of_modules_are_gathered_with_what_calls_their_parts(ranks):
+    ranks(_lists_of_modules_are_gathered_with_what_calls_their_parts)
+
+
 def test_norms_that_stand_for_none():
     utils = importlib.import_module("unishard.deepspeed.runtime.utils")
     for bad in (-1.0, float("nan"), float("inf")):

@@ -67,13 +67,19 @@ def choose_modules(model: nn.Module, large: int = LARGE_MODULE) -> list[tuple[st
         kinds = Counter(type(child) for _, child in children)
         for name, child in children:
             repeated = kinds[type(child)] > 1 and _is_block(module, child)
-            if repeated or is_leaf(child) or (not any(child.children()) and _numel(child) > large):
+            large_one = not any(child.children()) and _numel(child) > large
+            if _runs(child) and (repeated or is_leaf(child) or large_one):
                 chosen.append((prefix + name, child))
-            else:
+            elif not is_leaf(child):  # a list that is a leaf stays whole with the module around it
                 visit(child, f"{prefix}{name}.")
 
     visit(model, "")
     return chosen
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether calls of `module` can say when its parameters are needed: lists of modules are never called."""
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def choose_holders(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -85,12 +91,14 @@ def choose_holders(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
-            if is_leaf(child) or any(True for _ in child.parameters(recurse=False)):
+            holds = any(True for _ in child.parameters(recurse=False))
+            if _runs(child) and (is_leaf(child) or holds):
                 chosen.append((prefix + name, child))
-            else:
+            elif not is_leaf(child):  # a list that is a leaf stays whole with the module around it
                 visit(child, f"{prefix}{name}.")
 
-    visit(model, "")
+    if not is_leaf(model):
+        visit(model, "")
     return chosen
 
 

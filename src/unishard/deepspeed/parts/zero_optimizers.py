@@ -285,12 +285,8 @@ class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
     @property
     def leaf_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
         """The parameters of each leaf module."""
-        return {
-            module: [r.visible for group in unit.groups for r in group.registrations]
-            for unit in self._schedule.units
-            for module in unit.modules
-            if is_leaf(module)
-        }
+        (model,) = self._schedule.root.modules
+        return {module: list(module.parameters()) for module in model.modules() if is_leaf(module)}
 
 
 class BF16_Optimizer(ZeROOptimizer):
