@@ -122,8 +122,7 @@ def estimate_zero3_model_states_mem_needs_all_cold(
 
 def _head(total_params: int, gpus: int, nodes: int) -> None:
     print(
-        f"Estimated memory needed for params, optim states and gradients for a:\nHW: Setup with {nodes} node, "
-        f"{gpus} GPUs per node.\nSW: Model with {total_params / 1e6:.0f}M total params.\n"
+        f"Parameters, gradients and optimizer state of {total_params / 1e6:.0f}M parameters on {nodes} x {gpus} GPUs:\n"
         "  per CPU  |  per GPU |   Options"
     )
 

@@ -376,7 +376,7 @@ def get_only_unique_item(items: Iterable[Any]) -> Any:
     """The one value that all items have. Raises `RuntimeError` if there are several, or none."""
     unique = set(items)
     if len(unique) != 1:
-        raise RuntimeError(f"expected there to be only one unique element in {unique}")
+        raise RuntimeError(f"all items should be equal, and are {unique}")
     return unique.pop()
 
 

@@ -19,7 +19,7 @@ class LayerSpec:
 
     def __init__(self, typename: type[nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
         if not (isinstance(typename, type) and issubclass(typename, nn.Module)):
-            raise RuntimeError(f"LayerSpec only supports torch.nn.Module types, not {typename!r}")
+            raise RuntimeError(f"LayerSpec takes a class derived from torch.nn.Module, not {typename!r}")
         self.typename, self.module_args, self.module_kwargs = typename, module_args, module_kwargs
         self.global_rank = -1
 

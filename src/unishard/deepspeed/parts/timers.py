@@ -154,7 +154,7 @@ class ThroughputTimer:
         logging_fn: object = None,
     ) -> None:
         if steps_per_output is not None and not isinstance(steps_per_output, int):
-            raise ValueError(f"steps_per_output must be a positive integer or None, not {steps_per_output!r}")
+            raise ValueError(f"steps_per_output is a number of steps, or None: not {steps_per_output!r}")
         self.batch_size, self.start_step = max(batch_size, 1), start_step
         self.steps_per_output = steps_per_output
         self.initialized = self.started = False
