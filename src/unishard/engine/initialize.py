@@ -44,6 +44,8 @@ class Makers(NamedTuple):
     """By type, in place of the engine's own."""
     casts_inputs: Callable[[ResolvedConfig], bool] = lambda rc: not _refuses_casts(rc)
     """Whether floating inputs of the model are cast to a 16-bit compute dtype."""
+    keeps_buffers: bool = False
+    """Whether floating buffers keep their dtype unless `buffer_dtype` says otherwise."""
 
 
 class Initialized(NamedTuple):
@@ -128,7 +130,7 @@ def initialize(
         keep_heap_small()
     plan = ShardPlan(preset(rc.sharding), axes, _precision(rc, makers), device, tiers=tiers)
     sharded = _shard(model, plan, rc)
-    _cast_buffers(model, rc)
+    _cast_buffers(model, rc, makers)
     wrapped = _optimizer(client, model_parameters, model, sharded, rc, makers)
     scheduler = _scheduler(lr_scheduler, wrapped, rc, makers)
     loader = None
@@ -237,11 +239,12 @@ def _refuses_casts(rc: ResolvedConfig) -> bool:
     return bool(rc.fp16.enabled) and not rc.fp16.auto_cast and rc.origin("fp16.auto_cast") != "default"
 
 
-def _cast_buffers(model: nn.Module, rc: ResolvedConfig) -> None:
-    """Floating buffers follow `buffer_dtype`; without it they stay what they are (rotary frequencies: fp32)."""
-    if rc.buffer_dtype is None:
+def _cast_buffers(model: nn.Module, rc: ResolvedConfig, makers: Makers) -> None:
+    """Floating buffers follow `buffer_dtype`, or the compute dtype, so that what they are added to stays in it."""
+    asked = rc.buffer_dtype or (None if makers.keeps_buffers else rc.compute_dtype)
+    dtype = torch.float32 if asked is None else as_dtype(asked)
+    if dtype is torch.float32 and rc.buffer_dtype is None:
         return
-    dtype = as_dtype(rc.buffer_dtype)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize > 1:

@@ -97,7 +97,11 @@ def initialize(
             mesh=_mesh(mpu, mesh_param),
             dist_init_required=dist_init_required,
             makers=Makers(
-                DeepSpeedEngine, partial(optimizer_class, torch_adam=torch_adam), SCHEDULES, _casts_inputs
+                DeepSpeedEngine,
+                partial(optimizer_class, torch_adam=torch_adam),
+                SCHEDULES,
+                _casts_inputs,
+                True,
             ),
         )
     except (ConfigError, UnsupportedError) as error:
