@@ -31,7 +31,14 @@ def test_what_was_measured_is_kept(tmp_path, sent):
     ]
     log = tmp_path / "log"
     with log.open("w") as output:
-        run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        run = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             wait_for_rounds(run, tmp_path / "results.json", log)
             family = psutil.Process(run.pid).children(recursive=True)
