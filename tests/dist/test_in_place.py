@@ -104,11 +104,11 @@ def gather_after(unread: str) -> None:
     """Gathers that nobody reads, as of an engine that is dropped or idle, and more others than a page has slots."""
     comm = world()
     idle = []
-    for _ in range(3):
+    for _ in range(300 if unread == "many" else 3):  # a page has 256 slots
         full = torch.zeros(2 * comm.size)
         full.chunk(comm.size)[comm.rank].fill_(comm.rank + 1)
         pending = comm.all_gather(full, label="unread")
-        if unread == "idle":
+        if unread != "dropped":
             idle.append((full, pending))
     kept = weakref.ref(full)
     del full, pending
@@ -124,7 +124,7 @@ def gather_after(unread: str) -> None:
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("unread", ["dropped", "idle"])
+@pytest.mark.parametrize("unread", ["dropped", "idle", "many"])
 def test_gathers_that_nobody_reads_stop_nobody(unread: str, ranks: Ranks) -> None:
     ranks(gather_after, unread, world_size=3, timeout=20)
 

@@ -15,6 +15,10 @@ from unishard.bench.contestant import Contestant, EngineTrainer, Held, Level, op
 from unishard.bench.model import build_model
 from unishard.bench.plan import ADAMW, Plan
 
+BUCKET = 10_000_000
+"""Elements of a reduction or gather: 40 MB in fp32. The default of 500 million is one bucket for these models, which
+leaves nothing to overlap."""
+
 
 class DeepSpeedTrainer(EngineTrainer):
     """DeepSpeed's engine, whose hooks keep it and its tensors alive after `destroy`: they are emptied, or the rounds of
@@ -25,11 +29,6 @@ class DeepSpeedTrainer(EngineTrainer):
         super().close()
         for tensor in (*held.parameters, *held.gradients, *held.optimizer):
             tensor.data = tensor.new_empty(0)
-
-
-BUCKET = 10_000_000
-"""Elements of a reduction or gather: 40 MB in fp32. The default of 500 million is one bucket for these models, which
-leaves nothing to overlap."""
 
 
 def config(plan: Plan, stage: int, overlap: bool, offload: Mapping[str, Any] | None = None) -> dict[str, Any]:
