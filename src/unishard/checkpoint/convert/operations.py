@@ -108,6 +108,9 @@ def compare(first: Opened, second: Opened, *, values: bool = True) -> Iterator[D
     a, b = first.catalog, second.catalog
     keys = [*a.tensors, *(k for k in b.tensors if a.find(k) is None)]
     total = sum(info.nbytes for info in a.tensors.values())
+    # As float64 every stored number is exact but integers beyond 2^53. One allocation for all keys: many of this
+    # size would leave holes in the C heap.
+    room = torch.empty(2, PIECE // 8, dtype=torch.float64)
     with (
         bar("comparing", total) as progress,
         Reader(first.folder, a, progress=progress) as one,
@@ -117,7 +120,7 @@ def compare(first: Opened, second: Opened, *, values: bool = True) -> Iterator[D
             known, other = a.find(key), b.find(key)
             if known is None or other is None or known.shape != other.shape:
                 yield Difference(key, _shape(known), _shape(other))
-            elif values and (largest := _largest_difference(key, (a, one), (b, two))):
+            elif values and (largest := _largest_difference(key, (a, one), (b, two), room)):
                 yield Difference(key, _shape(known), _shape(other), largest)
         for key in sorted({k for k in (*a.blobs, *b.blobs) if k.startswith(f"{GROUPS}.")}):
             said = [_value(catalog, reader, key) for catalog, reader in ((a, one), (b, two))]
@@ -141,12 +144,13 @@ def _value(catalog: Catalog, reader: Reader, key: str) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _largest_difference(key: str, a: tuple[Catalog, Reader], b: tuple[Catalog, Reader]) -> float:
+def _largest_difference(
+    key: str, a: tuple[Catalog, Reader], b: tuple[Catalog, Reader], room: torch.Tensor
+) -> float:
     info = a[0].find(key)
     largest = 0.0
     for box in pieces(info.shape if info is not None else (), PIECE // 8):
-        # As float64 every stored number is exact but integers beyond 2^53.
-        one, two = torch.empty(box.sizes, dtype=torch.float64), torch.empty(box.sizes, dtype=torch.float64)
+        one, two = (half[: box.numel].view(box.sizes) for half in room)
         for (catalog, reader), target in ((a, one), (b, two)):
             reader.fill(catalog.aliases.get(key, key), box, target)
         same = (one == two) | (one.isnan() & two.isnan())
