@@ -197,6 +197,16 @@ COMBINATIONS: tuple[Combination, ...] = (
         "enable bf16 instead, or remove optimizer_in_backward",
     ),
     Combination(
+        "optimizer-in-backward-with-delayed-update",
+        "optimizer_in_backward",
+        lambda d: (
+            d.get("optimizer_in_backward") is True
+            and d.get("zero_optimization.offload_optimizer.delayed_update") is True
+        ),
+        "optimizer_in_backward applies a gradient as it arrives, delayed_update one step later",
+        "keep one of the two; delayed_update also works with clipping and fp16",
+    ),
+    Combination(
         "mics-and-hpz",
         "zero_optimization.zero_hpz_partition_size",
         lambda d: (

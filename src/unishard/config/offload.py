@@ -31,7 +31,8 @@ class OffloadParam(Section):
 class OffloadOptimizer(Section):
     """`zero_optimization.offload_optimizer`: where optimizer state and fp32 master weights rest.
 
-    `ratio` is the share of elements that is offloaded; the last groups of the model stay.
+    `ratio` is the share of elements that is offloaded; the last groups of the model stay. `delayed_update`, a key of
+    unishard's own, carries out each update during the next backward, with parameters one step old until then.
     """
 
     device: Device = "none"
@@ -45,6 +46,7 @@ class OffloadOptimizer(Section):
         bool, Translated("state is made of zeros at the first step, without reading any")
     ] = False
     ratio: Annotated[float, Field(ge=0, le=1), Honoured()] = 1.0
+    delayed_update: Annotated[bool, Honoured()] = False
     super_offload: Annotated[bool, not_available("super_offload", "set it to false")] = False
     cpuadam_cores_perc: Annotated[
         float, Translated("it divides cores for super_offload, which is not there")

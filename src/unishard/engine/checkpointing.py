@@ -145,6 +145,7 @@ class Checkpoints:
     ) -> Path | PendingSave:
         """Write a checkpoint of the run. All ranks call together; raises on all or on none."""
         engine = self._engine
+        engine.complete_update()
         if any(
             group.gradients.unreduced or group.gradients.shard is not None for group in engine.schedule.groups
         ):
@@ -414,6 +415,7 @@ def gather_16bit(engine: Engine, *, exclude_frozen: bool) -> dict[str, torch.Ten
 
     Groups are gathered one by one, so other ranks need no memory for the whole model. All ranks call together.
     """
+    engine.complete_update()
     first, state = world().rank == 0, {}
     frozen = {id(p) for p in engine.module.parameters() if not p.requires_grad}
     names: dict[int, list[str]] = {}
@@ -445,6 +447,7 @@ def gather_weights(engine: Engine) -> dict[str, Any] | None:
     """
     from unishard.sharding.whole_state import ParameterHome, whole_state
 
+    engine.complete_update()
     first, weights = world().rank == 0, {}
     names: dict[int, list[str]] = {}
     for name, param in engine.module.named_parameters(remove_duplicate=False):

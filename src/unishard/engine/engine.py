@@ -77,6 +77,8 @@ class Engine(SaveLoad):
         with self._timed("forward"):
             if torch.is_grad_enabled():
                 self._arm()
+            else:
+                self.complete_update()
             with self._autocast(), self.schedule.one_forward():
                 return self.module(*args, **kwargs)
 
@@ -107,10 +109,14 @@ class Engine(SaveLoad):
             unit.reduce_gradients = self._syncs and (boundary or every_time)
             unit.reduce_across_replicas = self._syncs and boundary
             unit.reshard_after_backward = boundary or unit.sharding.reshard is Reshard.AFTER_FORWARD
-        in_backward = (
-            self.config.optimizer_in_backward and self.optimizer is not None and self._syncs and boundary
-        )
-        self.schedule.queue.on_reduced = self._optimizer().step_in_backward if in_backward else None
+        queue = self.schedule.queue
+        queue.on_reduced = None
+        if self.optimizer is not None and self._syncs and boundary:
+            queue.keeps_landed = self.config.optimizer_in_backward
+            if self.config.optimizer_in_backward:
+                queue.on_reduced = self.optimizer.step_in_backward
+            elif self.optimizer.delayed:
+                queue.on_reduced = self.optimizer.continue_update
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for a plain `engine.scale(loss).backward()` under fp16."""
@@ -235,6 +241,14 @@ class Engine(SaveLoad):
                 )
             )
         self._checkpoint_boundary()
+
+    def complete_update(self) -> None:
+        """With `delayed_update`: carry out the update that waits for the next backward. All ranks call together.
+
+        Saving and forwards without gradients do this by themselves; call it before parameters are read otherwise.
+        """
+        if self.optimizer is not None:
+            self.optimizer.complete_update()
 
     def _has_gradients(self) -> bool:
         return any(group.gradients.touched for group in self.schedule.groups)

@@ -309,12 +309,17 @@ def _optimizer(
     else:
         return None
     _set_divisors(sharded, rc)
+    offload = rc.zero_optimization.offload_optimizer
     wrapped = makers.optimizer(rc)(
         inner,
         sharded.schedule,
         pieces,
         _loss_scale(rc),
-        UpdateRules(max_norm=rc.gradient_clipping, defer_gather=rc.overlap_param_gather),
+        UpdateRules(
+            max_norm=rc.gradient_clipping,
+            defer_gather=rc.overlap_param_gather,
+            delayed=bool(offload is not None and offload.delayed_update),
+        ),
     )
     wrapped.skips_overflow = bool(rc.fp16.enabled or (rc.bf16.enabled and rc.bf16.check_grad_overflow))
     return wrapped

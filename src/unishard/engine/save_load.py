@@ -119,7 +119,9 @@ class SaveLoad(Accessors):
         # Gradients are not saved, and what was accumulated here belongs to other weights: the next step begins anew,
         # with the samples that follow the last whole one.
         self._micro = 0
-        if self._as_engine().optimizer is not None:
+        optimizer = self._as_engine().optimizer
+        if optimizer is not None:
+            optimizer.forget_delayed()
             self._as_engine().zero_grad()
         return str(path), client_state
 

@@ -23,6 +23,10 @@ class RestingSteps:
         self._inner = inner
         self._flat = flat
         self._pieces: dict[ShardGroup, list[Piece]] = {}
+        self._reserved: set[ShardGroup] = set()
+        """Groups that are read ahead."""
+        self._leaving: ShardGroup | None = None
+        """The group that is being written."""
         for piece in pieces:
             if piece.group.resting is not None and piece.param.numel():
                 self._pieces.setdefault(piece.group, []).append(piece)
@@ -42,14 +46,23 @@ class RestingSteps:
             [g for g in groups if g in self._pieces],
         )
 
-    def run(self, groups: Sequence[ShardGroup], update: Callable[[ShardGroup], None]) -> None:
-        """Call `update` with each group while it is in memory. A failure leaves the groups before it updated."""
+    def run(
+        self,
+        groups: Sequence[ShardGroup],
+        update: Callable[[ShardGroup], None],
+        upcoming: Sequence[ShardGroup] = (),
+    ) -> None:
+        """Call `update` with each group while it is in memory. A failure leaves the groups before it updated.
+
+        The first of `upcoming`, groups of later calls, is read meanwhile, and the last one is being written when this
+        returns; `finish` ends both.
+        """
+        line = [*groups, *(group for group in upcoming if group in self._pieces)]
         for position, group in enumerate(groups):
             group.gradients.prefetch()
-            _resting(group).open()
-            for ahead in groups[position + 1 : position + 2]:
-                _resting(ahead).prefetch()
-                ahead.gradients.prefetch()
+            self._bring(group)
+            for ahead in line[position + 1 : position + 2]:
+                self._reserve(ahead)
             try:
                 self._show(group)
                 with group.gradients.in_memory():
@@ -59,10 +72,37 @@ class RestingSteps:
                 self._hide(group)
                 _resting(group).close(changed=True)
             self._rest_new_kinds(group)
-            for behind in groups[max(position - 1, 0) : position]:
-                _resting(behind).settle()
-        for group in groups[-1:]:
-            _resting(group).settle()
+            self._settle_behind(group)
+
+    def _reserve(self, group: ShardGroup) -> None:
+        if group not in self._reserved:
+            _resting(group).reserve()
+            self._reserved.add(group)
+            group.gradients.prefetch()
+
+    def _bring(self, group: ShardGroup) -> None:
+        resting = _resting(group)
+        if group not in self._reserved:
+            resting.open()
+            return
+        self._reserved.remove(group)
+        try:
+            resting.arrive()
+        except BaseException:
+            resting.give_up()
+            raise
+
+    def _settle_behind(self, group: ShardGroup | None) -> None:
+        """One group at a time is being written: `group`, from now on."""
+        if self._leaving is not None:
+            _resting(self._leaving).settle()
+        self._leaving = group
+
+    def finish(self) -> None:
+        """Return once everything is stored, and out of memory."""
+        self._settle_behind(None)
+        while self._reserved:
+            _resting(self._reserved.pop()).give_up()
 
     @contextmanager
     def shown(self, group: ShardGroup, *, changed: bool) -> Iterator[None]:

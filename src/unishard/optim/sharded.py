@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from unishard.dist.labels import labelled
 from unishard.errors import NonFiniteError, ShardingError, StateError, UnsupportedError
 from unishard.kernels import squared_norm
 from unishard.optim.clip import clip_factor, shard_norm
-from unishard.optim.flat import FlatSteps, Piece
+from unishard.optim.delayed import DelayedUpdate, options_of, options_shown
+from unishard.optim.flat import FlatSteps, Piece, Used
 from unishard.optim.loss_scale import LossScale, NoLossScale
 from unishard.optim.resting import RestingSteps
 from unishard.sharding.group import ShardGroup, unshard_together
@@ -34,6 +35,8 @@ class UpdateRules:
     norm_type: float = 2.0
     defer_gather: bool = False
     """Leave the gather of updated parameters to the next forward; a plain read of a parameter is then out of date."""
+    delayed: bool = False
+    """Carry out each update during the next backward, which computes with the parameters before it."""
 
 
 def user_groups(model_parameters: Any, model: nn.Module) -> list[dict[str, Any]]:
@@ -113,6 +116,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stepped: list[ShardGroup] = []
         """Groups updated in backward, since the last `step()`."""
         self._stepped_norm = 0.0
+        self._delayed: DelayedUpdate | None = None
         self._attached = False
         self._loss_scale = loss_scale or NoLossScale()
         self._rules = rules or UpdateRules()
@@ -151,6 +155,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def scaler(self) -> LossScale:
         return self._loss_scale
+
+    @property
+    def delayed(self) -> bool:
+        """Whether an update waits for the next backward."""
+        return self._delayed is not None
 
     @property
     def max_norm(self) -> float:
@@ -225,6 +234,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in self._schedule.groups:
             group.gradients.clear()
         self._detach()
+        self._resting.finish()
         self._stepped, self._stepped_norm = [], 0.0
         self.tokens = None
         if self._resting.active:
@@ -240,6 +250,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         if self._schedule.backward_active:
             raise StateError("step() was called during backward; call it after loss.backward() has returned")
+        self.complete_update()
         if any(group.gradients.unreduced for group in self._schedule.groups):
             self._schedule.reduce_pending()
         groups = [g for g in self._schedule.groups if g.gradients.shard is not None]
@@ -258,8 +269,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return
         # As torch labels the steps of its optimizers.
         with labelled(f"Optimizer.step#{type(self.inner).__name__}.step"):
-            self._update(groups, unscale * clip_factor(self.grad_norm, self._rules.max_norm))
-        self._refresh(groups)
+            factor = unscale * clip_factor(self.grad_norm, self._rules.max_norm)
+            if self._rules.delayed:
+                self._delay(groups, factor)
+            else:
+                self._update(groups, factor)
+                self._resting.finish()
+                self._note_written(groups)
+                self._gather_updated(groups)
         self._loss_scale.update(False)
 
     def _unscale_factor(self, groups: Sequence[ShardGroup]) -> float:
@@ -300,8 +317,50 @@ class ShardedOptimizer(torch.optim.Optimizer):
         everywhere = [f for f in groups[0].axes.shard.all_gather_object(found) if f is not None]
         return min(everywhere)[2] if everywhere else "unknown"
 
+    def _delay(self, groups: Sequence[ShardGroup], factor: float) -> None:
+        used, factor = self._prepare(groups, factor)
+        for group in groups:
+            group.gradients.set_aside()
+        self._delayed = DelayedUpdate(dict(used), factor, options_of(self.inner))
+
     @torch.no_grad()
-    def step_in_backward(self, groups: Sequence[ShardGroup]) -> None:
+    def continue_update(self, groups: Sequence[ShardGroup], upcoming: Sequence[ShardGroup] = ()) -> None:
+        """Carry out those parts of a delayed update that are about `groups`, which no rank computes with any more."""
+        delayed = self._delayed
+        waiting = [] if delayed is None else [group for group in groups if group in delayed.waiting]
+        if delayed is None or not waiting:
+            return
+        ahead = [group for group in upcoming if group in delayed.waiting]
+        with options_shown(self.inner, delayed.options), ExitStack() as shown:
+            for group in waiting:
+                shown.enter_context(group.gradients.aside_shown())
+            self._apply({group: delayed.waiting.pop(group) for group in waiting}, delayed.factor, ahead)
+            self._detach()
+        for group in waiting:
+            group.gradients.drop_aside()
+        self._note_written(waiting)
+        delayed.carried_out += waiting
+
+    def complete_update(self) -> None:
+        """Carry out what is left of a delayed update, so that parameters are current. All ranks call together."""
+        delayed = self._delayed
+        if delayed is None:
+            return
+        left = list(delayed.waiting)
+        for position, group in enumerate(left):
+            self.continue_update([group], left[position + 1 :])
+        self._resting.finish()
+        self._delayed = None
+        self._gather_updated(delayed.carried_out)
+
+    def forget_delayed(self) -> None:
+        """Drop a delayed update, since parameters are about to be replaced."""
+        delayed, self._delayed = self._delayed, None
+        for group in () if delayed is None else delayed.waiting:
+            group.gradients.drop_aside()
+
+    @torch.no_grad()
+    def step_in_backward(self, groups: Sequence[ShardGroup], upcoming: Sequence[ShardGroup] = ()) -> None:
         """Update `groups`, whose gradients have just been reduced, and forget those. All ranks call together.
 
         For gradients that need neither a global norm nor agreement on an overflow. `step()` completes the update.
@@ -317,7 +376,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if groups:
             shards = [g.gradients.shard for g in groups if g.gradients.shard is not None]
             self._stepped_norm += squared_norm(shards).item()
-            self._update(groups, 1.0)
+            self._update(groups, 1.0, upcoming)
             self._note_written(groups)
         for group in groups:
             group.gradients.clear()
@@ -329,11 +388,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stepped_norm = 0.0
         self.grad_norm = groups[0].axes.shard.all_reduce_control(total, "sum").item() ** 0.5
         self.skipped = False
+        self._resting.finish()
         self._gather_updated(groups)
 
-    def _update(self, groups: Sequence[ShardGroup], factor: float) -> None:
+    def _update(
+        self, groups: Sequence[ShardGroup], factor: float, upcoming: Sequence[ShardGroup] = ()
+    ) -> None:
         """Step `inner` with gradients times `factor`."""
-        flat = FlatSteps.can_step(self.inner, self._pieces) and not has_step_hooks(self.inner)
+        used, factor = self._prepare(groups, factor)
+        self._apply(used, factor, upcoming)
+
+    def _prepare(self, groups: Sequence[ShardGroup], factor: float) -> tuple[Used, float]:
+        """What of each group is stepped, and the factor that is left once users have seen the gradients."""
         used = self._used(groups)
         if self.before_update is not None:
             if factor != 1.0:
@@ -342,18 +408,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
                         _scale([group], factor)
                 factor = 1.0
             self.before_update(groups)
+        return used, factor
+
+    def _apply(self, used: Used, factor: float, upcoming: Sequence[ShardGroup]) -> None:
+        flat = FlatSteps.can_step(self.inner, self._pieces) and not has_step_hooks(self.inner)
 
         def update(members: Sequence[ShardGroup]) -> None:
             if factor != 1.0 and not flat:
                 _scale(members, factor)
             self._step({group: used[group] for group in members}, factor if flat else None)
 
-        here, away = self._resting.split(groups)
+        here, away = self._resting.split(list(used))
         if here:
             update(here)
-        self._resting.run(away, lambda group: update([group]))
+        self._resting.run(away, lambda group: update([group]), upcoming)
 
-    def _step(self, used: Mapping[ShardGroup, Set[int]], factor: float | None) -> None:
+    def _step(self, used: Used, factor: float | None) -> None:
         """Step the groups in `used`: with kernels by gradients times `factor`, or as the optimizer does."""
         if factor is not None:
             self._flat.step(used, factor)
@@ -368,7 +438,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         used = self._used(groups)
         return [g.registrations[i].fqn for g in groups for i in sorted(g.trainable - used[g])]
 
-    def _used(self, groups: Sequence[ShardGroup]) -> dict[ShardGroup, Set[int]]:
+    def _used(self, groups: Sequence[ShardGroup]) -> Used:
         """By group, the trainable parameters that some rank used. All ranks call together."""
         used: dict[ShardGroup, Set[int]] = {}
         for axes in dict.fromkeys(g.axes for g in groups):
@@ -393,10 +463,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for piece in self._pieces:
                 piece.param.grad = None
 
-    def _refresh(self, groups: Sequence[ShardGroup]) -> None:
-        self._note_written(groups)
-        self._gather_updated(groups)
-
     def _note_written(self, groups: Sequence[ShardGroup]) -> None:
         # Kernels do not count their writes.
         torch.autograd.graph.increment_version([g.buffer.shard for g in groups])
@@ -419,6 +485,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: the inner optimizer's state over local pieces, and the loss scale."""
+        if self._delayed is not None:
+            raise StateError(
+                "state_dict() while an update is delayed would lack it; call complete_update() on all ranks first"
+            )
         if self._resting.active:
             raise UnsupportedError(
                 "state_dict() of an optimizer whose state rests on a tier would bring all of it into memory; save it "
@@ -433,6 +503,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise StateError(
                 f"this is not a state dict of a ShardedOptimizer: {', '.join(sorted(missing))} missing"
             )
+        self.forget_delayed()
         self._flat.release()
         self.inner.load_state_dict(state_dict["inner"])
         self._loss_scale.load_state_dict(state_dict["loss_scale"])

@@ -19,6 +19,7 @@ from unishard.sharding.precision import GroupPrecision
 from unishard.sharding.resting import Resting, desk
 
 _KIND = "gradient"
+_ASIDE = "gradient of a delayed update"
 
 _SMALL = 1 << 16
 """Bytes up to which a gradient waits for others, to be copied together: a call costs more than such a copy."""
@@ -57,6 +58,8 @@ class GroupGradients:
         """Where gradients rest on a tier: what this backward brings, until `land()`."""
         self.power: torch.Tensor | None = None
         """`power_sum` of a `shard` that rests on a tier."""
+        self.aside: torch.Tensor | None = None
+        """Reduced gradients of an update that is yet to be carried out; they rest where `shard` does."""
         self.norm_type = 2.0
         self.fresh_sum = True
         """Whether something was added to `shard` since users were shown it."""
@@ -260,8 +263,8 @@ class GroupGradients:
 
     def prefetch(self) -> None:
         """Begin to read what rests."""
-        if self.resting is not None and self._away:
-            self.resting.prefetch()
+        if self.resting is not None and (self._away or self.aside is not None):
+            self.resting.prefetch([_KIND if self.aside is None else _ASIDE])
 
     @contextmanager
     def in_memory(self, *, changed: bool = False) -> Iterator[None]:
@@ -274,6 +277,30 @@ class GroupGradients:
             if changed and self.shard is not None:
                 self.power = power_sum([self.shard], self.norm_type, self.shard.device)
         self.resting.settle()
+
+    def set_aside(self) -> None:
+        """What was summed waits for its update, and sums begin anew."""
+        self.aside, self.shard, self.power = self.shard, None, None
+        if self.resting is not None and _KIND in self.resting.kinds:
+            self.resting.rename(_KIND, _ASIDE)
+
+    @contextmanager
+    def aside_shown(self) -> Iterator[None]:
+        """What was set aside is in `shard`, and in memory, inside the block."""
+        current, self.shard = self.shard, self.aside
+        try:
+            if self.resting is None or _ASIDE not in self.resting.kinds:
+                yield
+            else:
+                with self.resting.opened([_ASIDE], changed=False):
+                    yield
+        finally:
+            self.shard = current
+
+    def drop_aside(self) -> None:
+        self.aside = None
+        if self.resting is not None and _ASIDE in self.resting.kinds:
+            self.resting.discard(_ASIDE)
 
     def receive_partial(self, total: torch.Tensor) -> None:
         """Add a sum over the dp_shard axis only."""

@@ -293,13 +293,9 @@ class ShardGroup:
         copy = self.buffer.compute_shard
         shard += 0 if copy is None or is_absent(copy) else copy.nbytes
         full = self.buffer.full.numel() * self.buffer.full.element_size() if self.resident else 0
-        gradient = self.gradients.shard
-        if gradient is not None and is_absent(gradient):
-            gradient = None
-        return {
-            "parameters": full if self.buffer.aliased else full + shard,
-            "gradients": 0 if gradient is None else gradient.numel() * gradient.element_size(),
-        }
+        gradients = [self.gradients.shard, self.gradients.aside]
+        held = sum(g.nbytes for g in gradients if g is not None and not is_absent(g))
+        return {"parameters": full if self.buffer.aliased else full + shard, "gradients": held}
 
 
 def unshard_together(groups: Iterable[ShardGroup]) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from unishard.errors import StateError
+from unishard.errors import OffloadError, StateError
 from unishard.sharding.ports import Ticket, Tier, Tiers
 
 
@@ -66,8 +66,6 @@ class Resting:
         self.epochs: dict[tuple[str, int], int] = {}
         """How often a parameter's part of a kind became another tensor; what was made before must not be used."""
         self._buffer = tiers.buffer
-        # A module's groups of several dtypes have one name.
-        self._serial = next(_serials)
         self._items: dict[str, _Item] = {}
 
     @property
@@ -78,16 +76,24 @@ class Resting:
         """Store `tensor` (1-D, contiguous) and take it out of memory; returns once it is stored."""
         if kind in self._items:
             raise StateError(f"{self.name}: {kind} rests on a tier already")
-        item = _Item(tensor, tier, f"{self.name}/{kind}#{self._serial}")
+        item = _Item(tensor, tier, self._new_key(kind))
         tier.put(item.key, tensor.detach())
         self._items[kind] = item
         tensor.data = absent(tensor)
 
     def add_zeros(self, kind: str, numel: int, dtype: torch.dtype, tier: Tier) -> None:
         """As `add` with zeros, without memory for them."""
-        item = _Item(absent(self._buffer(1, dtype)).expand(numel), tier, f"{self.name}/{kind}#{self._serial}")
+        item = _Item(absent(self._buffer(1, dtype)).expand(numel), tier, self._new_key(kind))
         tier.allocate(item.key, numel, dtype)
         self._items[kind] = item
+
+    def _new_key(self, kind: str) -> str:
+        # A module's groups of several dtypes have one name, and kinds are renamed.
+        return f"{self.name}/{kind}#{next(_serials)}"
+
+    def rename(self, kind: str, to: str) -> None:
+        """Call a tensor by another kind, wherever it is."""
+        self._items[to] = self._items.pop(kind)
 
     def replace(self, kind: str, memory: torch.Tensor) -> None:
         """Give a tensor that nobody uses the values of `memory`, which is the tier's until `settle` returns."""
@@ -146,6 +152,25 @@ class Resting:
         for item in wanted:
             item.users += 1
 
+    def reserve(self) -> None:
+        """Begin to read everything, and keep what comes, whoever opens and closes it meanwhile, until `arrive` and
+        `close`, or `give_up`."""
+        self.prefetch()
+        for item in self._items.values():
+            item.users += 1
+
+    def arrive(self) -> None:
+        """Make a reservation an `open`. Raises `OffloadError` if what is read is not what was written."""
+        for item in self._items.values():
+            self._arrive(item)
+
+    def give_up(self) -> None:
+        """End a reservation that nobody uses."""
+        for item in self._items.values():
+            with suppress(OffloadError):  # whoever needs the values meets it again
+                self._arrive(item)
+        self.close(changed=False)
+
     def _arrive(self, item: _Item) -> None:
         """Finish a read; a write under way may go on, it reads the same memory."""
         if item.reading is not None:
@@ -156,7 +181,7 @@ class Resting:
                 item.memory = None
                 raise
         self._settle_write(item)
-        if item.users == 0 and item.memory is not None:
+        if item.memory is not None and is_absent(item.tensor):
             item.tensor.data = item.memory
 
     def close(self, kinds: Iterable[str] | None = None, *, changed: bool) -> None:

@@ -32,6 +32,10 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+OnReduced = Callable[[Sequence[ShardGroup], Sequence[ShardGroup]], None]
+"""Takes groups, and those that will follow them."""
+
+
 class InFlight(NamedTuple):
     """A reduction under way, and the groups whose gradients it carries."""
 
@@ -51,8 +55,10 @@ class ReductionQueue:
         self._across: dict[ShardGroup, bool] = {}
         self._position = 0
         self._ready: set[ShardGroup] = set()
-        self.on_reduced: Callable[[Sequence[ShardGroup]], None] | None = None
+        self.on_reduced: OnReduced | None = None
         """Called with groups whose gradients have been summed over all ranks, in the same order on all ranks."""
+        self.keeps_landed = False
+        """Whether `on_reduced` wants gradients that rest on a tier in memory."""
         self._in_flight: deque[InFlight] = deque()
         self._landed: Sequence[ShardGroup] = ()
         """Groups whose gradients are being stored."""
@@ -127,7 +133,11 @@ class ReductionQueue:
         self._lagging = oldest
         self._land(groups)
         if self.on_reduced is not None:
-            self.on_reduced(groups)
+            self.on_reduced(groups, self._following(groups[-1]))
+
+    def _following(self, group: ShardGroup) -> list[ShardGroup]:
+        rest = self.sequence[self.sequence.index(group) + 1 :]
+        return [other for other in rest if other in self._across]
 
     def _land(self, groups: Sequence[ShardGroup]) -> None:
         """Gradients that rest on a tier go there; those that went before are stored by now, or waited for."""
@@ -135,7 +145,7 @@ class ReductionQueue:
             group.gradients.settle()
         self._landed = groups
         for group in groups:
-            group.gradients.land(stay=self.on_reduced is not None)
+            group.gradients.land(stay=self.on_reduced is not None and self.keeps_landed)
 
     def flush(self) -> None:
         """Launch every group of this backward that is still waiting, then finish all."""
