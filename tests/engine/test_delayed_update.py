@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -51,7 +52,9 @@ def loss_of(model: Any, rank: int, micro: int) -> Tensor:
 
 def train(engine: Any, start: int = 0, stop: int = STEPS) -> list[float]:
     losses = []
-    for micro in range(start * engine.gradient_accumulation_steps(), stop * engine.gradient_accumulation_steps()):
+    for micro in range(
+        start * engine.gradient_accumulation_steps(), stop * engine.gradient_accumulation_steps()
+    ):
         loss = loss_of(engine, dist.get_rank(), micro)
         engine.backward(loss)
         engine.step()
@@ -108,7 +111,9 @@ def follows_one_process(preset: str, accumulation: int, clip: float, tier: str, 
         assert engine.get_global_grad_norm() == pytest.approx(norms[-1], rel=1e-5)
         engine.complete_update()
         torch.testing.assert_close(weights_of(engine), new, rtol=1e-5, atol=1e-6)
-        assert any((a - b).abs().max() > 1e-4 for a, b in zip(old, new, strict=True)), "the last update does something"
+        assert any((a - b).abs().max() > 1e-4 for a, b in zip(old, new, strict=True)), (
+            "the last update does something"
+        )
 
 
 EVERYTHING = "optimizer+gradient+parameter"
@@ -130,7 +135,10 @@ def with_branches(tier: str, optimizer: str, dtype: str) -> list[Tensor]:
     more = {} if dtype == "fp32" else {dtype: {"enabled": True}}
     with resting_late(tier) if tier else nullcontext():
         engine = engine_of(
-            "ZERO3", model=Sometimes, optimizer={"type": optimizer, "params": {"lr": 1e-2, "eps": 1e-3}}, **more
+            "ZERO3",
+            model=Sometimes,
+            optimizer={"type": optimizer, "params": {"lr": 1e-2, "eps": 1e-3}},
+            **more,
         )
     train(engine, 0, 9)
     engine.complete_update()
@@ -263,8 +271,10 @@ def test_backward_reads_one_group_ahead_and_each_state_once(in_backward: bool, r
     keys = list(dict.fromkeys(key for _, key in moments))
     assert len(keys) == 4
     assert sorted(moments) == sorted((kind, key) for key in keys for kind in ("fetch", "store"))
-    for this, after in zip(keys, keys[1:], strict=False):
-        assert calls.index(("fetch", after)) < calls.index(("store", this)), "read while the one before is updated"
+    for this, after in itertools.pairwise(keys):
+        assert calls.index(("fetch", after)) < calls.index(("store", this)), (
+            "read while the one before is updated"
+        )
     gradients = [kind for kind, key in calls if "gradient" in key]
     assert gradients.count("fetch") == gradients.count("store") == (0 if in_backward else 4)
 

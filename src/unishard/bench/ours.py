@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from unishard.bench.contestant import (
 from unishard.bench.model import build_model
 from unishard.bench.plan import ADAMW, Plan
 from unishard.sharding.placement import PRESETS, Placement, Reshard, Sharding
+
+Update = Literal["step", "in-backward", "delayed"]
+"""When parameters are updated."""
 
 
 def config(plan: Plan, preset: str, overlap: bool) -> dict[str, Any]:
@@ -48,16 +51,19 @@ def build_config_door(
     overlap: bool = False,
     offload: tuple[str, ...] = (),
     device: str = "nvme",
-    in_backward: bool = False,
+    update: Update = "step",
 ) -> EngineTrainer:
     import unishard
 
     model = build_model(plan)
-    tier = {"device": device, "nvme_path": tempfile.gettempdir()}
+    tier: dict[str, Any] = {"device": device, "nvme_path": tempfile.gettempdir()}
+    zero = {section: dict(tier) for section in offload}
+    if update == "delayed":
+        zero["offload_optimizer"]["delayed_update"] = True
     keys = {
         **config(plan, preset, overlap),
-        "optimizer_in_backward": in_backward,
-        "zero_optimization": dict.fromkeys(offload, tier),
+        "optimizer_in_backward": update == "in-backward",
+        "zero_optimization": zero,
     }
     engine, optimizer, _, _ = unishard.initialize(model=model, config=keys)
 
@@ -153,20 +159,18 @@ def _rows(sharding: Sharding) -> Iterator[Contestant]:
 
 
 def _offloaded(
-    suffix: str, what: str, *sections: str, device: str = "nvme", in_backward: bool = False
+    suffix: str, what: str, *sections: str, device: str = "nvme", update: Update = "step"
 ) -> Contestant:
     where = (
         "nvme (the folder for temporary files)" if device == "nvme" else "host memory, which it is in already"
     )
-    when = ", optimizer_in_backward" if in_backward else ""
+    when = {"step": "", "in-backward": ", optimizer_in_backward", "delayed": ", delayed_update"}[update]
     return Contestant(
         name=f"unishard-zero3-{suffix}",
         family=f"unishard-zero3-{suffix}",
         level="offload",
         setting=f"ZERO3, config door, AdamW{when}, {what} on {where}",
-        build=partial(
-            build_config_door, preset="ZERO3", offload=sections, device=device, in_backward=in_backward
-        ),
+        build=partial(build_config_door, preset="ZERO3", offload=sections, device=device, update=update),
         imports=("unishard.engine",),
         ours=True,
     )
@@ -178,5 +182,6 @@ CONTESTANTS = (
     _offloaded("cpu", "optimizer state", "offload_optimizer", device="cpu"),
     _offloaded("nvme-optimizer", "optimizer state", "offload_optimizer"),
     _offloaded("nvme", "optimizer state and parameters", *_BOTH),
-    _offloaded("nvme-in-backward", "optimizer state and parameters", *_BOTH, in_backward=True),
+    _offloaded("nvme-in-backward", "optimizer state and parameters", *_BOTH, update="in-backward"),
+    _offloaded("nvme-delayed", "optimizer state and parameters", *_BOTH, update="delayed"),
 )

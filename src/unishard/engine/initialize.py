@@ -25,7 +25,7 @@ from unishard.optim.loss_scale import DynamicLossScale, LossScale, NoLossScale, 
 from unishard.optim.schedules import build_schedule
 from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_groups
 from unishard.sharding.build import ShardPlan
-from unishard.sharding.heap import keep_heap_small
+from unishard.sharding.heap import prepare_heap
 from unishard.sharding.in_place import ShardedModel, shard_in_place
 from unishard.sharding.placement import Placement, preset
 from unishard.sharding.ports import ON_DEVICE
@@ -127,7 +127,7 @@ def initialize(
             log.warning("unishard: no module of %s fits leaf_module (%s)", type(model).__name__, leaves)
     tiers = build_tiers(rc, axes, device)
     if tiers is not ON_DEVICE:
-        keep_heap_small()
+        prepare_heap(sum(p.numel() for p in model.parameters()) // axes.world_size)
     plan = ShardPlan(preset(rc.sharding), axes, _precision(rc, makers), device, tiers=tiers)
     sharded = _shard(model, plan, rc)
     _cast_buffers(model, rc, makers)

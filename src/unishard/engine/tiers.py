@@ -26,7 +26,7 @@ def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
     sections = (parameter, optimizer, gradient)
     if not any(section is not None and section.device != "none" for section in sections):
         return ON_DEVICE
-    from unishard.offload.aligned import aligned_empty
+    from unishard.offload.aligned import RecycledPages
 
     def on_device(numel: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
@@ -40,7 +40,7 @@ def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
             # Gradients go with the optimizer that needs them, unless a section of their own says otherwise.
             gradient=beside if gradient is None else _tier(gradient, rc, device),
             ratio=1.0 if optimizer is None else optimizer.ratio,
-            buffer=aligned_empty if device.type == "cpu" else on_device,
+            buffer=RecycledPages().empty if device.type == "cpu" else on_device,
         )
     return found
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import mmap
-import os
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from unishard.errors import OffloadError
+from unishard.sharding.heap import memory_share, trim_with_heap
 
 PAGE = 4096
 """Bytes. Alignment of buffers, and of extents in a file; a multiple of what O_DIRECT asks of any usual disk."""
@@ -36,6 +38,10 @@ def aligned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
     nbytes = numel * dtype.itemsize
     if nbytes == 0:
         return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(_pages(nbytes), dtype=dtype, count=numel)
+
+
+def _pages(nbytes: int) -> mmap.mmap:
     try:
         memory = mmap.mmap(-1, padded(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -45,7 +51,7 @@ def aligned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
         ) from error
     if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=numel)
+    return memory
 
 
 def carve(buffer: torch.Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
@@ -68,38 +74,50 @@ def carved_size(parts: Sequence[tuple[int, torch.dtype]]) -> int:
     return sum(padded(numel * dtype.itemsize) for numel, dtype in parts)
 
 
-class HostBuffers:
-    """Aligned memory that is used again: up to `keep` buffers wait for the next that asks for as many pages.
+class RecycledPages:
+    """Makes tensors as `aligned_empty` does, of memory that was freed before where there is some of that size.
 
-    >>> buffers = HostBuffers(keep=1)
-    >>> first = buffers.take(10, torch.float32)
+    The system clears every page that it hands out, which takes as long as reading it from a good disk. Freed memory is
+    kept up to `limit` bytes, until `trim_heap()`.
+
+    >>> pages = RecycledPages()
+    >>> first = pages.empty(10, torch.float32)
     >>> address = first.data_ptr()
-    >>> buffers.give(first)
-    >>> buffers.take(20, torch.int16).data_ptr() == address
+    >>> del first
+    >>> pages.empty(20, torch.int16).data_ptr() == address
     True
     """
 
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._free: deque[torch.Tensor] = deque()
+    def __init__(self, limit: int = 64 << 20) -> None:
+        self._limit = limit
+        self._free: deque[mmap.mmap] = deque()
+        trim_with_heap(self)
 
-    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    def empty(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised CPU tensor, shape (numel,), at the start of a page."""
         nbytes = numel * dtype.itemsize
-        whole = next((memory for memory in self._free if memory.numel() == padded(nbytes)), None)
-        if whole is None:
-            whole = aligned_empty(padded(nbytes), torch.uint8)
-        else:
-            self._free = deque(memory for memory in self._free if memory is not whole)
-        return whole[:nbytes].view(dtype)
+        if nbytes == 0:
+            return torch.empty(0, dtype=dtype)
+        memory = self._taken(padded(nbytes)) or _pages(nbytes)
+        # A tensor's storage holds the array that it was made from, whatever views there are.
+        array = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
+        weakref.finalize(array, self._take_back, memory).atexit = False
+        return torch.from_numpy(array).view(dtype)
 
-    def give(self, tensor: torch.Tensor) -> None:
-        """Nobody uses `tensor`, which came from `take`, any more."""
-        if self._keep and tensor.numel():
-            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-            self._free.append(whole)
-            while len(self._free) > self._keep:
-                self._free.popleft()
+    def _taken(self, nbytes: int) -> mmap.mmap | None:
+        found = next((memory for memory in self._free if len(memory) == nbytes), None)
+        if found is not None:
+            self._free.remove(found)
+        return found
+
+    def _take_back(self, memory: mmap.mmap) -> None:
+        self._free.append(memory)
+        while sum(len(memory) for memory in self._free) > self._limit:
+            self._free.popleft()
+
+    def trim(self) -> None:
+        """Give back to the system what nobody uses."""
+        self._free.clear()
 
 
 class PinnedBudget:
@@ -115,7 +133,7 @@ class PinnedBudget:
     """
 
     def __init__(self, limit: int | float | None = None) -> None:
-        self.limit = _share_of_memory() if limit is None else limit
+        self.limit = memory_share() // 4 if limit is None else limit
         self.taken = 0
 
     def take(self, nbytes: int) -> bool:
@@ -127,8 +145,3 @@ class PinnedBudget:
 
     def give(self, nbytes: int) -> None:
         self.taken -= nbytes
-
-
-def _share_of_memory() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory // 4 // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from unishard.errors import OffloadError
-from unishard.offload.aligned import PAGE, HostBuffers
+from unishard.offload.aligned import PAGE, RecycledPages
 from unishard.offload.base import BaseTier, Entry, Transfer
 from unishard.offload.swap_file import SwapFile, default_run
 from unishard.offload.transfers import Ending, Outcome, Place, Transfers, best_transfers
@@ -57,7 +57,7 @@ class _DiskTransfer(Transfer):
         self._host = tensor.detach()
         self._staged = not tier.reaches(tensor)
         if self._staged:
-            self._host = tier.staging.take(tensor.numel(), tensor.dtype)
+            self._host = tier.staging.empty(tensor.numel(), tensor.dtype)
             if writes:
                 self._host.copy_(tensor.detach())
         place = Place(tier.file.descriptor, extent.offset, tier.file.alignment)
@@ -71,7 +71,7 @@ class _DiskTransfer(Transfer):
         if self._staged:
             if not self.writes and outcome.ending == Ending.WELL:
                 self.tensor.detach().copy_(self._host)
-            self._tier.staging.give(self._host)
+            self._host = self.tensor  # others may have its memory
         if outcome.ending != Ending.WELL:
             raise self._tier.trouble(self.key, outcome, writes=self.writes)
 
@@ -118,7 +118,7 @@ class NvmeTier(BaseTier[_Extent]):
             )
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.transfers = transfers or best_transfers(block, depth)
-        self.staging = HostBuffers(keep=depth)
+        self.staging = RecycledPages()
         """Memory through which tensors of other devices pass."""
         self.file = SwapFile(Path(nvme_path), run or default_run(), rank)
         # At exit too: a process that ends normally leaves no file.

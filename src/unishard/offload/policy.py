@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from unishard.errors import ShardingError
-from unishard.offload.aligned import aligned_empty
+from unishard.offload.aligned import RecycledPages
 from unishard.sharding.policies import OffloadPolicy
 from unishard.sharding.ports import Tier, Tiers
 
@@ -62,7 +62,7 @@ class NVMeOffloadPolicy(OffloadPolicy):
             parameter=tier if self.parameters else None,
             optimizer=tier if self.optimizer else None,
             gradient=tier if self.gradients else None,
-            buffer=aligned_empty if device.type == "cpu" else on_device,
+            buffer=RecycledPages().empty if device.type == "cpu" else on_device,
         )
         _open[self, device] = found
         return found

@@ -37,7 +37,8 @@ class DelayedUpdate:
 def options_of(optimizer: Optimizer) -> Options:
     """What the optimizer's parameter groups say now."""
     return [
-        {name: _kept(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        {name: _kept(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
     ]
 
 

@@ -21,7 +21,6 @@ from unishard.sharding.composable import is_replicated, note_sharded
 from unishard.sharding.dtensor import PlacementFn, deliver, swapped_group
 from unishard.sharding.first_run import prepare_first_run
 from unishard.sharding.fsdp_module import FSDPModule, UnshardHandle, as_fsdp_class, share_comm_ctx
-from unishard.sharding.heap import keep_heap_small
 from unishard.sharding.hooks import StateDictHooks, watch_optimizers, watch_resting_optimizers
 from unishard.sharding.in_place import broadcast_buffers
 from unishard.sharding.parameter import ParameterRecord, find_parameters, taken_by
@@ -179,7 +178,6 @@ def _plan(
     with agree(axes.shard, "fully_shard: open the tiers of offload_policy"):
         tiers = tiers_of(offload_policy, device, sharding)
     if tiers is not ON_DEVICE:
-        keep_heap_small()
         watch_resting_optimizers()
     broadcast = _materialized_everywhere(modules, axes)
     return ShardPlan(sharding, axes, as_mixed_precision(mp_policy), device, broadcast, tiers), mesh

@@ -4,14 +4,83 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
+import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+
+class Trimmed(Protocol):
+    """Keeps freed memory too."""
+
+    def trim(self) -> None:
+        """Give it back to the system."""
+        ...
+
+
+_others: weakref.WeakSet[Trimmed] = weakref.WeakSet()
+
+
+def trim_with_heap(other: Trimmed) -> None:
+    """From now on `trim_heap` trims `other` too, as long as it lives."""
+    _others.add(other)
 
 
 def trim_heap() -> None:
     """Give free pages of the C heap back to the system, where its library can (glibc's `malloc_trim`)."""
+    for other in list(_others):
+        other.trim()
     _trim()(0)
 
+
+def prepare_heap(elements: int) -> bool:
+    """Whether training `elements` of this rank, which rest elsewhere, would take more than half of its share of the
+    memory: 16 bytes each, for fp32 weights, gradients and two moments. From then on the heap is kept small.
+
+    >>> prepare_heap(1)
+    False
+    """
+    scarce = 2 * 16 * elements > memory_share()
+    if scarce:
+        keep_heap_small()
+    return scarce
+
+
+def memory_share() -> int:
+    """Bytes of host memory for each rank here: the host's, or fewer if a control group says so, by LOCAL_WORLD_SIZE."""
+    return _memory_limit() // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def _memory_limit() -> int:
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([host, *_limits_of_groups()])
+
+
+def _limits_of_groups() -> list[int]:
+    """The limits of this process's memory control group and of those around it, versions 1 and 2."""
+    found: list[int] = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for _, kind, path in (line.split(":", 2) for line in lines):
+        root, name = _HIERARCHIES.get(kind, (None, ""))
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents) if root is not None else ():
+            try:
+                said = (root / folder / name).read_text().strip()
+            except OSError:
+                continue  # a container sees its own group as the root
+            found += [int(said)] if said.isdigit() else []
+    return found
+
+
+_HIERARCHIES = {
+    "": (Path("/sys/fs/cgroup"), "memory.max"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+}
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE = 1 << 20

@@ -20,7 +20,7 @@ from unishard.dist.mesh import Axes
 from unishard.sharding import group as group_module
 from unishard.sharding.gradient import CoalescedReduction, Reduction
 from unishard.sharding.group import ShardGroup, unshard_together
-from unishard.sharding.heap import trim_heap
+from unishard.sharding.heap import prepare_heap, trim_heap
 from unishard.sharding.unit import Phase, ShardUnit
 
 # Forwards recorded without any backward in between (an evaluation with gradients on) are forgotten past this.
@@ -204,6 +204,9 @@ class Schedule:
         self._order_agreed = False
         self._root_calls: int | None = None
         """Calls of the root under way, inside `one_forward`."""
+        resting = [group.buffer.layout.shard_numel for group in self.groups if group.resting is not None]
+        self.scarce = prepare_heap(sum(resting))
+        """Whether freed memory is given back between the parts of a step, which costs time."""
 
     # forward -----------------------------------------------------------------------------------------------
 
@@ -292,8 +295,7 @@ class Schedule:
             self._trim()
 
     def _trim(self) -> None:
-        # Whoever lets state rest elsewhere wants the memory more than the time of getting it again.
-        if any(group.resting is not None for group in self.groups):
+        if self.scarce:
             trim_heap()
 
     def drain(self) -> None:
