@@ -46,6 +46,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "offload-gradient-without-path": zero(stage=3, offload_gradient={"device": "nvme"}),
     "optimizer-in-backward-with-clipping": {"optimizer_in_backward": True, "gradient_clipping": 1.0},
     "optimizer-in-backward-with-fp16": {"optimizer_in_backward": True, "fp16": {"enabled": True}},
+    "optimizer-in-backward-with-delayed-update": zero(offload_optimizer={"delayed_update": True})
+    | {"optimizer_in_backward": True, "gradient_clipping": 0.0},
     "mics-and-hpz": zero(stage=3, mics_shard_size=2, zero_hpz_partition_size=2),
     "subgroup-below-stage-3": zero(stage=2, mics_shard_size=2),
     "subgroup-against-mesh": zero(stage=3, mics_shard_size=2) | {"mesh": {"dp_shard": 4}},

@@ -165,6 +165,12 @@ class OffloadKeys(Section):
         Translated("a rank reads only its own parts of a checkpoint, so no rank waits for another's memory"),
     ] = False
 
+    @property
+    def offloads(self) -> bool:
+        """Whether any state is asked to rest elsewhere."""
+        sections = (self.offload_param, self.offload_optimizer, self.offload_gradient)
+        return any(section is not None and section.device != "none" for section in sections)
+
 
 class ZeroOptimization(ReduceKeys, GatherKeys, OffloadKeys):
     """`zero_optimization`: stages 0 to 3, hybrid sharding, and their tuning keys."""

@@ -17,18 +17,18 @@ from unishard.dist.agree import agree, require_same
 from unishard.dist.collectives import communicator
 from unishard.dist.mesh import Axes, axes_of, build_mesh, ensure_process_group
 from unishard.engine.engine import Engine
-from unishard.engine.tiers import build_tiers
 from unishard.errors import ConfigError, ShardingError
 from unishard.optim.base import build_optimizer
 from unishard.optim.elementwise import check_client_optimizer
 from unishard.optim.loss_scale import DynamicLossScale, LossScale, NoLossScale, StaticLossScale
+from unishard.optim.pieces import Pieces, user_groups
 from unishard.optim.schedules import build_schedule
-from unishard.optim.sharded import Pieces, ShardedOptimizer, UpdateRules, user_groups
+from unishard.optim.sharded import ShardedOptimizer, UpdateRules
 from unishard.sharding.build import ShardPlan
 from unishard.sharding.heap import prepare_heap
 from unishard.sharding.in_place import ShardedModel, shard_in_place
 from unishard.sharding.placement import Placement, preset
-from unishard.sharding.ports import ON_DEVICE
+from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import MixedPrecision, as_dtype
 from unishard.sharding.wrap import choose_holders
 
@@ -125,7 +125,7 @@ def initialize(
 
         if not mark_leaves(model, leaves.classes, leaves.names, leaves.name_suffixes):
             log.warning("unishard: no module of %s fits leaf_module (%s)", type(model).__name__, leaves)
-    tiers = build_tiers(rc, axes, device)
+    tiers = _tiers(rc, device)
     if tiers is not ON_DEVICE:
         prepare_heap(sum(p.numel() for p in model.parameters()) // axes.world_size)
     plan = ShardPlan(preset(rc.sharding), axes, _precision(rc, makers), device, tiers=tiers)
@@ -140,6 +140,14 @@ def initialize(
         loader = build_dataloader(training_data, collate_fn, rc, axes)
     engine = makers.engine(sharded, rc, axes, device, wrapped, scheduler, loader)
     return Initialized(engine, wrapped, loader, scheduler)
+
+
+def _tiers(rc: ResolvedConfig, device: torch.device) -> Tiers:
+    if not rc.zero_optimization.offloads:
+        return ON_DEVICE
+    from unishard.engine.tiers import build_tiers
+
+    return build_tiers(rc, device)
 
 
 def _shard(model: nn.Module, plan: ShardPlan, rc: ResolvedConfig) -> ShardedModel:

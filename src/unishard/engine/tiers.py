@@ -12,21 +12,17 @@ import torch.distributed as dist
 from unishard.config import ResolvedConfig
 from unishard.dist.agree import agree
 from unishard.dist.collectives import communicator
-from unishard.dist.mesh import Axes
+from unishard.offload.aligned import RecycledPages
 from unishard.sharding.ports import ON_DEVICE, Tier, Tiers
 from unishard.sharding.precision import as_dtype
 
 log = logging.getLogger("unishard")
 
 
-def build_tiers(rc: ResolvedConfig, axes: Axes, device: torch.device) -> Tiers:
+def build_tiers(rc: ResolvedConfig, device: torch.device) -> Tiers:
     """Open what the sections `offload_*` ask for. All ranks call together; raises on all or on none."""
     zero = rc.zero_optimization
     parameter, optimizer, gradient = zero.offload_param, zero.offload_optimizer, zero.offload_gradient
-    sections = (parameter, optimizer, gradient)
-    if not any(section is not None and section.device != "none" for section in sections):
-        return ON_DEVICE
-    from unishard.offload.aligned import RecycledPages
 
     def on_device(numel: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(numel, dtype=dtype, device=device)

@@ -6,24 +6,26 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from unishard.dist.labels import labelled
-from unishard.errors import NonFiniteError, ShardingError, StateError, UnsupportedError
+from unishard.errors import NonFiniteError, StateError, UnsupportedError
 from unishard.kernels import squared_norm
 from unishard.optim.clip import clip_factor, shard_norm
-from unishard.optim.delayed import DelayedUpdate, options_of, options_shown
 from unishard.optim.flat import FlatSteps, Piece, Used
 from unishard.optim.loss_scale import LossScale, NoLossScale
+from unishard.optim.pieces import Pieces
 from unishard.optim.resting import RestingSteps
 from unishard.sharding.group import ShardGroup, unshard_together
 from unishard.sharding.heap import trim_heap
 from unishard.sharding.hooks import has_step_hooks
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.touched import agree_on_touched
+
+if TYPE_CHECKING:
+    from unishard.optim.delayed import DelayedUpdate
 
 
 @dataclass(frozen=True)
@@ -37,58 +39,6 @@ class UpdateRules:
     """Leave the gather of updated parameters to the next forward; a plain read of a parameter is then out of date."""
     delayed: bool = False
     """Carry out each update during the next backward, which computes with the parameters before it."""
-
-
-def user_groups(model_parameters: Any, model: nn.Module) -> list[dict[str, Any]]:
-    """Normalise what users pass as parameters to torch-style groups of the model's own `Parameter` objects.
-
-    Accepts `None` (all parameters), parameters, groups, (name, parameter) pairs, or iterators of those.
-    """
-    entries: list[Any] = list(model.parameters() if model_parameters is None else model_parameters)
-    if not entries:
-        raise ShardingError("model_parameters is empty; pass model.parameters(), or leave it out")
-    if isinstance(entries[0], dict):
-        return [{**g, "params": _as_parameters(g["params"])} for g in entries]
-    return [{"params": _as_parameters(entries)}]
-
-
-def _as_parameters(entries: Any) -> list[nn.Parameter]:
-    entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
-    return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-
-
-class Pieces:
-    """Where the user's parameters went: the local piece of each, made once."""
-
-    def __init__(self, groups: Sequence[ShardGroup]) -> None:
-        self._homes = {
-            id(registration.visible): (group, index)
-            for group in groups
-            for index, registration in enumerate(group.registrations)
-        }
-        self.made: dict[int, Piece] = {}
-        self.members: list[list[Piece]] = []
-        """All pieces of each list that was asked for, empty ones too."""
-
-    def of(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """This rank's non-empty pieces of `params`. Raises `ShardingError` for parameters of another model."""
-        pieces: list[nn.Parameter] = []
-        self.members.append([])
-        for param in params:
-            home = self._homes.get(id(param))
-            if home is None:
-                raise ShardingError(
-                    f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not part of the model; "
-                    "build it from the parameters of the model that you pass to initialize"
-                )
-            if id(param) not in self.made:
-                group, index = home
-                local = group.buffer.local(index, group.buffer.shard)
-                self.made[id(param)] = Piece(group, index, nn.Parameter(local))
-            self.members[-1].append(self.made[id(param)])
-            if self.made[id(param)].param.numel():
-                pieces.append(self.made[id(param)].param)
-        return pieces
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -275,8 +225,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             else:
                 self._update(groups, factor)
                 self._resting.finish()
-                self._note_written(groups)
-                self._gather_updated(groups)
+                self._refresh(groups)
         self._loss_scale.update(False)
 
     def _unscale_factor(self, groups: Sequence[ShardGroup]) -> float:
@@ -318,6 +267,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return min(everywhere)[2] if everywhere else "unknown"
 
     def _delay(self, groups: Sequence[ShardGroup], factor: float) -> None:
+        from unishard.optim.delayed import DelayedUpdate, options_of
+
         used, factor = self._prepare(groups, factor)
         for group in groups:
             group.gradients.set_aside()
@@ -330,6 +281,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         waiting = [] if delayed is None else [group for group in groups if group in delayed.waiting]
         if delayed is None or not waiting:
             return
+        from unishard.optim.delayed import options_shown
+
         ahead = [group for group in upcoming if group in delayed.waiting]
         with options_shown(self.inner, delayed.options), ExitStack() as shown:
             for group in waiting:
@@ -462,6 +415,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._attached = False
             for piece in self._pieces:
                 piece.param.grad = None
+
+    def _refresh(self, groups: Sequence[ShardGroup]) -> None:
+        self._note_written(groups)
+        self._gather_updated(groups)
 
     def _note_written(self, groups: Sequence[ShardGroup]) -> None:
         # Kernels do not count their writes.

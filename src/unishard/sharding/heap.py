@@ -66,9 +66,9 @@ def _limits_of_groups() -> list[int]:
     except OSError:
         return found
     for _, kind, path in (line.split(":", 2) for line in lines):
-        root, name = _HIERARCHIES.get(kind, (None, ""))
         group = Path(path.lstrip("/"))
-        for folder in (group, *group.parents) if root is not None else ():
+        for folder in (group, *group.parents) if kind in _HIERARCHIES else ():
+            root, name = _HIERARCHIES[kind]
             try:
                 said = (root / folder / name).read_text().strip()
             except OSError:

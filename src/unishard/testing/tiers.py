@@ -85,5 +85,5 @@ def resting_late(parts: str, ratio: float = 1.0) -> Iterator[LateTier]:
     initialize = importlib.import_module("unishard.engine.initialize")
     tier = LateTier()
     chosen = _late(tier, parts, ratio)
-    with mock.patch.object(initialize, "build_tiers", return_value=chosen):
+    with mock.patch.object(initialize, "_tiers", return_value=chosen):
         yield tier
