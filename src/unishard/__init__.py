@@ -22,7 +22,7 @@ _HOMES = {
     "DataParallelMeshDims": "unishard.sharding.policies",
     "MixedPrecisionPolicy": "unishard.sharding.policies",
     "OffloadPolicy": "unishard.sharding.policies",
-    "CPUOffloadPolicy": "unishard.sharding.policies",
+    "CPUOffloadPolicy": "unishard.offload.policy",
     "NVMeOffloadPolicy": "unishard.offload.policy",
     "auto_shard": "unishard.sharding.auto",
     "describe": "unishard.sharding.describe",

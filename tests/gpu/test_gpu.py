@@ -96,6 +96,24 @@ def through(door: str, model: Any, preset: str, dtype: str) -> list[Tensor]:
     return [p.detach().full_tensor().clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_host_memory_trains_as_the_device_does(pin_memory: bool) -> None:
+    def trained(policy: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = TinyTransformer().cuda()
+        for module in (*model.blocks, model):
+            unishard.fully_shard(module, offload_policy=policy)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(STEPS):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().full_tensor().clone() for p in model.parameters()]
+
+    expected = trained(None)
+    assert all(map(torch.equal, trained(unishard.CPUOffloadPolicy(pin_memory)), expected))
+
+
 def test_memory_at_rest_is_the_formulas() -> None:
     torch.cuda.synchronize()
     start = torch.cuda.memory_allocated()

@@ -17,6 +17,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy as TorchPolicy
 
 import unishard
 from unishard.errors import OffloadError, RankError, ShardingError, StateError, UnsupportedError
+from unishard.offload import CpuTier
+from unishard.offload.policy import _KindsOfState
+from unishard.sharding.placement import NO_SHARD, ZERO3
+from unishard.sharding.policies import tiers_of
+from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.resting import desk, is_absent
 from unishard.sharding.unit import units_under
 from unishard.testing.models import TinyTransformer
@@ -89,11 +94,20 @@ def resting_of(model: Any) -> list[Any]:
     return [group.resting for unit in units_under(model) for group in unit.groups]
 
 
+class OnAccelerator(unishard.CPUOffloadPolicy):
+    """What `CPUOffloadPolicy` does where the processor is an accelerator."""
+
+    def open_tiers(self, device: torch.device) -> Tiers:
+        return _KindsOfState.open_tiers(self, device)
+
+
 def curve(policy: str, folder: str, options: dict[str, Any], **more: Any) -> list[float]:
     chosen = {
         "none": None,
         "cpu": unishard.CPUOffloadPolicy(pin_memory=False),
         "torch": TorchPolicy(),
+        "accelerator": OnAccelerator(pin_memory=False),
+        "optimizer": OnAccelerator(parameters=False, gradients=False),
         "nvme": unishard.NVMeOffloadPolicy(folder),
         "some": unishard.NVMeOffloadPolicy(folder, max_in_cpu=8000),
     }[policy]
@@ -103,7 +117,7 @@ def curve(policy: str, folder: str, options: dict[str, Any], **more: Any) -> lis
     return losses
 
 
-@pytest.mark.parametrize("policy", ["cpu", "torch", "nvme", "some"])
+@pytest.mark.parametrize("policy", ["cpu", "torch", "accelerator", "optimizer", "nvme", "some"])
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
 def test_every_policy_trains_to_the_bit(
     policy: str, options: dict[str, Any], tmp_path: Path, ranks: Ranks
@@ -394,3 +408,23 @@ def memory_of_views() -> int:
 
 def test_reading_parameters_one_by_one_keeps_one_group(ranks: Ranks) -> None:
     assert max(ranks(memory_of_views, world_size=2)) <= 2
+
+
+def test_host_memory_is_a_tier_for_accelerators_only() -> None:
+    policy = unishard.CPUOffloadPolicy(pin_memory=False, gradients=False)
+    assert policy.open_tiers(torch.device("cpu")) is ON_DEVICE
+    tiers = policy.open_tiers(torch.device("meta"))
+    assert tiers is unishard.CPUOffloadPolicy(pin_memory=False, gradients=False).open_tiers(
+        torch.device("meta")
+    )
+    assert tiers.gradient is None
+    assert isinstance(tiers.parameter, CpuTier)
+    assert tiers.parameter is tiers.optimizer
+    assert tiers.buffer(3, torch.float16).device.type == "meta"
+    # Torch's policy is read as ours.
+    found = tiers_of(TorchPolicy(pin_memory=False), torch.device("meta"), ZERO3)
+    assert isinstance(found.gradient, CpuTier)
+    with pytest.raises(ShardingError, match=r"with parameters that it holds whole.*parameters=False"):
+        tiers_of(TorchPolicy(), torch.device("meta"), NO_SHARD)
+    with pytest.raises(ShardingError, match=r"CPUOffloadPolicy\(parameters=False.*offloads nothing"):
+        unishard.CPUOffloadPolicy(parameters=False, optimizer=False, gradients=False)

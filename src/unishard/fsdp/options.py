@@ -170,8 +170,8 @@ def check_offload(value: Any, device: torch.device) -> None:
         )
     if offload and device.type != "cpu":
         raise UnsupportedError(
-            f"FSDP: cpu_offload=CPUOffload(offload_params=True) on {device.type}: offload is not available in this "
-            "version; use ShardingStrategy.FULL_SHARD over more ranks, or MixedPrecision(param_dtype=torch.bfloat16)"
+            f"FSDP: cpu_offload=CPUOffload(offload_params=True) on {device.type}: flat parameters are not offloaded in "
+            "this version; use unishard.fully_shard(module, offload_policy=unishard.CPUOffloadPolicy())"
         )
     if offload:
         log.info(

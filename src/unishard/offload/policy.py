@@ -1,4 +1,4 @@
-"""`NVMeOffloadPolicy`: what `fully_shard(offload_policy=)` takes, where states rest on a disk."""
+"""Offload policies, which `fully_shard(offload_policy=)` takes: where the states of its modules rest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,77 @@ from dataclasses import dataclass
 import torch
 
 from unishard.errors import ShardingError
-from unishard.offload.aligned import RecycledPages
+from unishard.offload.aligned import PinnedBudget, RecycledPages
 from unishard.sharding.policies import OffloadPolicy
-from unishard.sharding.ports import Tier, Tiers
+from unishard.sharding.ports import ON_DEVICE, Tier, Tiers
 
 
 @dataclass(frozen=True)
-class NVMeOffloadPolicy(OffloadPolicy):
+class _KindsOfState(OffloadPolicy):
+    """Which of the sharded states rest elsewhere, on one tier, which equal policies share."""
+
+    def open_tiers(self, device: torch.device) -> Tiers:
+        """The tiers of this and equal policies. Raises `OffloadError` if they cannot be had."""
+        found = _open.get((self, device))
+        if found is not None:
+            return found
+        tier = self._tier()
+
+        def on_device(numel: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(numel, dtype=dtype, device=device)
+
+        parameter, optimizer, gradient = (tier if getattr(self, name) else None for name in _KINDS)
+        buffer = RecycledPages().empty if device.type == "cpu" else on_device
+        _open[self, device] = found = Tiers(parameter, optimizer, gradient, buffer=buffer)
+        return found
+
+    def _tier(self) -> Tier:
+        raise NotImplementedError
+
+    def _require_any(self) -> None:
+        if not any(getattr(self, name) for name in _KINDS):
+            raise ShardingError(
+                f"{type(self).__name__}(parameters=False, optimizer=False, gradients=False) offloads nothing; leave "
+                "offload_policy out"
+            )
+
+
+_KINDS = ("parameters", "optimizer", "gradients")
+
+
+@dataclass(frozen=True)
+class CPUOffloadPolicy(_KindsOfState):
+    """Sharded states rest in host memory, each kind chosen on its own, and come to the accelerator for their use.
+
+    Unlike with torch's policy the optimizer steps on the accelerator, one group after the other. Without an accelerator
+    states are in host memory already, and nothing changes.
+
+    - `pin_memory`: page-locked, up to a quarter of the host's memory divided by its ranks. - `parameters`: shards of
+    parameters. - `optimizer`: what a torch optimizer keeps for them in `state`. - `gradients`: reduced gradients.
+
+    >>> CPUOffloadPolicy().open_tiers(torch.device("cpu")) is ON_DEVICE
+    True
+    """
+
+    pin_memory: bool = True
+    parameters: bool = True
+    optimizer: bool = True
+    gradients: bool = True
+
+    def __post_init__(self) -> None:
+        self._require_any()
+
+    def open_tiers(self, device: torch.device) -> Tiers:
+        return ON_DEVICE if device.type == "cpu" else super().open_tiers(device)
+
+    def _tier(self) -> Tier:
+        from unishard.offload.cpu import CpuTier
+
+        return CpuTier(PinnedBudget() if self.pin_memory else None)
+
+
+@dataclass(frozen=True)
+class NVMeOffloadPolicy(_KindsOfState):
     """Sharded states rest in files below `nvme_path`, each kind chosen on its own. See docs/offload.md.
 
     - `parameters`: shards of parameters. - `optimizer`: what a torch optimizer keeps for them in `state`. -
@@ -42,30 +106,7 @@ class NVMeOffloadPolicy(OffloadPolicy):
                 raise ShardingError(
                     f"NVMeOffloadPolicy({name}={value!r}): pass a whole number, {least} or more"
                 )
-        if not (self.parameters or self.optimizer or self.gradients):
-            raise ShardingError(
-                "NVMeOffloadPolicy(parameters=False, optimizer=False, gradients=False) offloads nothing; leave "
-                "offload_policy out"
-            )
-
-    def open_tiers(self, device: torch.device) -> Tiers:
-        """The tiers of this and equal policies. Raises `OffloadError` if the disk cannot be used."""
-        found = _open.get((self, device))
-        if found is not None:
-            return found
-        tier = self._tier()
-
-        def on_device(numel: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(numel, dtype=dtype, device=device)
-
-        found = Tiers(
-            parameter=tier if self.parameters else None,
-            optimizer=tier if self.optimizer else None,
-            gradient=tier if self.gradients else None,
-            buffer=RecycledPages().empty if device.type == "cpu" else on_device,
-        )
-        _open[self, device] = found
-        return found
+        self._require_any()
 
     def _tier(self) -> Tier:
         from unishard.offload.cpu import CpuTier
@@ -76,6 +117,4 @@ class NVMeOffloadPolicy(OffloadPolicy):
         return LayeredTier([(CpuTier(), self.max_in_cpu), (nvme, math.inf)]) if self.max_in_cpu else nvme
 
 
-_open: weakref.WeakValueDictionary[tuple[NVMeOffloadPolicy, torch.device], Tiers] = (
-    weakref.WeakValueDictionary()
-)
+_open: weakref.WeakValueDictionary[tuple[_KindsOfState, torch.device], Tiers] = weakref.WeakValueDictionary()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from unishard.errors import ShardingError, UnsupportedError
+from unishard.errors import ShardingError
 from unishard.sharding.placement import Placement, Sharding
 from unishard.sharding.ports import ON_DEVICE, Tiers
 from unishard.sharding.precision import MixedPrecision
@@ -33,13 +34,6 @@ class MixedPrecisionPolicy:
 @dataclass(frozen=True)
 class OffloadPolicy:
     """Nothing is offloaded."""
-
-
-@dataclass(frozen=True)
-class CPUOffloadPolicy(OffloadPolicy):
-    """Sharded states rest in host memory; meaningful with an accelerator, accepted without one."""
-
-    pin_memory: bool = True
 
 
 @runtime_checkable
@@ -119,10 +113,11 @@ def as_mixed_precision(policy: Any) -> MixedPrecision:
 def tiers_of(policy: Any, device: torch.device, sharding: Sharding) -> Tiers:
     """Open the tiers that an offload policy asks for; on a CPU, states in host memory are where they would be anyway.
 
-    Raises `ShardingError` for what is no policy or does not go with `sharding`, `UnsupportedError` for what this
-    version does not do, `OffloadError` for a tier that cannot be opened.
+    Raises `ShardingError` for what is no policy or does not go with `sharding`, `OffloadError` if no tier can be opened.
     """
-    name = type(policy).__name__
+    if type(policy).__name__ == "CPUOffloadPolicy" and not isinstance(policy, TierPolicy):
+        # Torch's. Tiers lie above sharding, which knows the policy by its public name only.
+        policy = importlib.import_module("unishard").CPUOffloadPolicy(pin_memory=policy.pin_memory)
     if isinstance(policy, TierPolicy):
         tiers = policy.open_tiers(device)
         if tiers.parameter is not None and sharding.parameter is Placement.REPLICATE:
@@ -131,14 +126,8 @@ def tiers_of(policy: Any, device: torch.device, sharding: Sharding) -> Tiers:
                 "between steps; pass parameters=False, or use sharding=ZERO3 or SHARD_GRAD_OP"
             )
         return tiers
-    if name not in ("OffloadPolicy", "CPUOffloadPolicy"):
+    if type(policy).__name__ != "OffloadPolicy":
         raise ShardingError(
             f"offload_policy={policy!r} is unknown; pass unishard.NVMeOffloadPolicy, CPUOffloadPolicy or OffloadPolicy"
-        )
-    if name == "CPUOffloadPolicy" and device.type != "cpu":
-        raise UnsupportedError(
-            f"CPUOffloadPolicy on {device.type}: offload to host memory through fully_shard is not available in this "
-            "version; use unishard.NVMeOffloadPolicy, unishard.initialize with offload_param, or sharding=ZERO3 with "
-            "more ranks"
         )
     return ON_DEVICE
