@@ -113,7 +113,8 @@ def as_mixed_precision(policy: Any) -> MixedPrecision:
 def tiers_of(policy: Any, device: torch.device, sharding: Sharding) -> Tiers:
     """Open the tiers that an offload policy asks for; on a CPU, states in host memory are where they would be anyway.
 
-    Raises `ShardingError` for what is no policy or does not go with `sharding`, `OffloadError` if no tier can be opened.
+    Raises `ShardingError` for what is no policy or does not go with `sharding`, `OffloadError` for a tier that fails to
+    open.
     """
     if type(policy).__name__ == "CPUOffloadPolicy" and not isinstance(policy, TierPolicy):
         # Torch's. Tiers lie above sharding, which knows the policy by its public name only.
