@@ -21,7 +21,8 @@ def build(plan: Plan, *, zero1: bool = False, bf16_wire: bool = False) -> TorchT
     if bf16_wire:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-        model.register_comm_hook(None, bf16_compress_hook)
+        # By its name torch refuses it where there is no CUDA, though gloo sums bf16.
+        model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return TorchTrainer(model, _optimizer(model, zero1), _micro(model, plan))
 
 
