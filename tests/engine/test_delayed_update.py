@@ -17,7 +17,7 @@ from tests.sharding.test_step import Stack
 from torch import Tensor, nn
 
 import unishard
-from unishard.errors import ConfigError, StateError
+from unishard.errors import ConfigError, OffloadError, StateError
 from unishard.optim.schedules import build_schedule
 from unishard.sharding import group as group_module
 from unishard.testing.tiers import resting_late
@@ -212,6 +212,33 @@ def evaluates() -> None:
 
 def test_evaluation_sees_finished_updates(ranks: Ranks) -> None:
     ranks(evaluates)
+
+
+def tries_again() -> None:
+    """A state that cannot be read while the update is carried out in backward."""
+    with resting_late(EVERYTHING) as tier:
+        engine = engine_of("ZERO3")
+    losses = train(engine, 0, 2)
+    tier.failing = next(key for key in tier.keys() if "exp_avg_sq" in key)  # noqa: SIM118
+    loss = loss_of(engine, dist.get_rank(), 2)
+    with pytest.raises(OffloadError, match="exp_avg_sq"):
+        engine.backward(loss)
+    tier.failing = None
+    engine.complete_update()
+    engine.zero_grad()
+    losses += train(engine, 2, 4)
+    engine.complete_update()
+    other = engine_of("ZERO3")
+    expected = train(other, 0, 2)
+    other.complete_update()
+    expected += train(other, 2, 4)
+    other.complete_update()
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(engine), weights_of(other), strict=True))
+
+
+def test_a_failed_transfer_loses_no_update(ranks: Ranks) -> None:
+    ranks(tries_again, world_size=1)
 
 
 class Breaking(Stack):

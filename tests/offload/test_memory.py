@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,11 +56,70 @@ def test_a_control_group_limits_what_ranks_share(
     assert heap.memory_share() == 100
 
 
-def test_only_what_does_not_fit_keeps_the_heap_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[bool] = []
-    monkeypatch.setattr(heap, "keep_heap_small", lambda: kept.append(True))
+@pytest.fixture
+def bounds(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """What the heap is told, by parameter of mallopt; nothing reaches it."""
+    told: dict[int, int] = {}
+    monkeypatch.setattr(heap, "_set", told.__setitem__)
+    monkeypatch.setattr(heap, "_keeps_little", False)
     monkeypatch.setattr(heap, "memory_share", lambda: 3200)
+    return told
+
+
+def test_freed_memory_stays_unless_memory_is_scarce(bounds: dict[int, int]) -> None:
     assert not heap.prepare_heap(100)
-    assert not kept
+    assert bounds == {heap._M_MMAP_THRESHOLD: 32 << 20, heap._M_TRIM_THRESHOLD: 2**31 - 1}
     assert heap.prepare_heap(101)
-    assert kept == [True]
+    assert bounds == {heap._M_MMAP_THRESHOLD: 1 << 20, heap._M_TRIM_THRESHOLD: 1 << 20}
+    assert not heap.prepare_heap(0)
+    assert bounds[heap._M_MMAP_THRESHOLD] == 1 << 20, "another model in the process is still short of it"
+    heap.reset_heap()
+    assert bounds == {heap._M_MMAP_THRESHOLD: 32 << 20, heap._M_TRIM_THRESHOLD: 64 << 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "1000"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")]
+)
+def test_what_users_said_of_the_heap_stands(
+    name: str, value: str, bounds: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert not heap.prepare_heap(1)
+    assert not bounds
+    assert heap.prepare_heap(101)
+    assert bounds, "without it the run would end"
+
+
+STEPS = """
+import resource, sys
+import torch, unishard
+torch.set_num_threads(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8)))
+if sys.argv[1] == "unishard":
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {}}}
+    model = unishard.initialize(model=model, config=config).engine
+    backward, step = model.backward, model.step
+else:
+    optimizer = torch.optim.AdamW(model.parameters())
+    backward, step = torch.Tensor.backward, lambda: (optimizer.step(), optimizer.zero_grad())
+inputs = torch.ones(8192, 256)  # activations of 8 MiB
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    backward(model(inputs).sum())
+    step()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_a_step_gets_no_pages_that_the_one_before_had() -> None:
+    def pages(which: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS, which], capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.splitlines()[-1])
+
+    assert pages("unishard") < 200
+    assert pages("plain") > 2000, "or this shows nothing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unishard.bench.contestant import Held
+from unishard.sharding.heap import trim_heap
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -41,9 +41,7 @@ def reset_peak() -> None:
 def trim() -> None:
     """Collect garbage and give the C heap's free pages back, so that neither counts for whoever comes next."""
     gc.collect()
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries lack it
-    if malloc_trim is not None:
-        malloc_trim(0)
+    trim_heap()
 
 
 def live_bytes() -> int:

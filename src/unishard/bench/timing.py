@@ -13,6 +13,7 @@ from unishard.bench.contestant import Contestant, Trainer
 from unishard.bench.data import Batch, global_batches, micro_batches
 from unishard.bench.memory import live_bytes, trim
 from unishard.bench.plan import Plan
+from unishard.sharding.heap import reset_heap
 
 _REFERENCE_WIDTH = 1024
 _REFERENCE_REPEATS = 4
@@ -39,6 +40,7 @@ def time_contestant(contestant: Contestant, plan: Plan) -> RankTiming:
         torch.set_num_threads(threads * plan.ranks)
     try:
         trim()
+        reset_heap()  # unishard sets it up for itself, and other contestants share the process
         before = live_bytes()
         timing = _time(contestant, plan)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -283,32 +283,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return
         from unishard.optim.delayed import options_shown
 
-        ahead = [group for group in upcoming if group in delayed.waiting]
-        with options_shown(self.inner, delayed.options), ExitStack() as shown:
-            for group in waiting:
-                shown.enter_context(group.gradients.aside_shown())
-            self._apply({group: delayed.waiting.pop(group) for group in waiting}, delayed.factor, ahead)
-            self._detach()
-        for group in waiting:
-            group.gradients.drop_aside()
-        self._note_written(waiting)
-        delayed.carried_out += waiting
+        line = [*waiting, *(group for group in upcoming if group in delayed.waiting)]
+        with options_shown(self.inner, delayed.options):
+            for position, group in enumerate(waiting):
+                with group.gradients.aside_shown():
+                    self._apply({group: delayed.waiting[group]}, delayed.factor, line[position + 1 :])
+                    self._detach()
+                # Only now: what failed may be tried again.
+                del delayed.waiting[group]
+                group.gradients.drop_aside()
+                self._note_written([group])
+                delayed.carried_out.append(group)
 
     def complete_update(self) -> None:
         """Carry out what is left of a delayed update, so that parameters are current. All ranks call together."""
         delayed = self._delayed
         if delayed is None:
             return
-        left = list(delayed.waiting)
-        for position, group in enumerate(left):
-            self.continue_update([group], left[position + 1 :])
+        self.continue_update(list(delayed.waiting))
         self._resting.finish()
         self._delayed = None
+        for group in delayed.carried_out:
+            if not group.resident:
+                group.forget_gathered()  # a backward that failed leaves groups whole
         self._gather_updated(delayed.carried_out)
 
     def forget_delayed(self) -> None:
         """Drop a delayed update, since parameters are about to be replaced."""
         delayed, self._delayed = self._delayed, None
+        self._resting.finish()
         for group in () if delayed is None else delayed.waiting:
             group.gradients.drop_aside()
 

@@ -1,4 +1,4 @@
-"""The C heap keeps freed memory for later; where memory is what matters, it is given back."""
+"""What the C heap does with freed memory: the next step needs it again, unless memory is what a run is short of."""
 
 from __future__ import annotations
 
@@ -35,16 +35,20 @@ def trim_heap() -> None:
     _trim()(0)
 
 
-def prepare_heap(elements: int) -> bool:
-    """Whether training `elements` of this rank, which rest elsewhere, would take more than half of its share of the
-    memory: 16 bytes each, for fp32 weights, gradients and two moments. From then on the heap is kept small.
+def prepare_heap(elements_away: int) -> bool:
+    """Set the heap up for training in which `elements_away` of this rank rest elsewhere; whether memory is scarce.
+
+    It is if they would take more than half of this rank's share of the memory: 16 bytes each, for fp32 weights,
+    gradients and two moments. The heap is then kept small. Otherwise it keeps what is freed.
 
     >>> prepare_heap(1)
     False
     """
-    scarce = 2 * 16 * elements > memory_share()
+    scarce = 2 * 16 * elements_away > memory_share()
     if scarce:
-        keep_heap_small()
+        _keep_little()
+    else:
+        _keep_all()
     return scarce
 
 
@@ -82,17 +86,54 @@ _HIERARCHIES = {
     "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
 }
 
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_LARGE = 1 << 20
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST, _MIB, _NEVER = 32 << 20, 1 << 20, 2**31 - 1
+_keeps_little = False
 
 
-def keep_heap_small() -> None:
+def _keep_little() -> None:
     """Let every block of a MiB or more go back to the system when it is freed, from here on, in the whole process.
 
     By itself glibc raises that bound to the largest block it has seen freed, and keeps what is below; getting pages
     anew instead costs about a tenth of a training step on a CPU.
     """
-    _glibc("mallopt", lambda parameter, value: 1)(_M_MMAP_THRESHOLD, _LARGE)
+    global _keeps_little
+    _keeps_little = True
+    _set(_M_MMAP_THRESHOLD, _MIB)
+    _set(_M_TRIM_THRESHOLD, _MIB)
+
+
+def _keep_all() -> None:
+    """Let freed memory stay in the process for the next step, as caching allocators of accelerators do.
+
+    By itself glibc gives the end of its heap back whenever much of it is free, and the next forward gets it anew, page
+    by page: 2 to 6 % of a training step. Whoever set the heap's bounds in the environment knows better.
+    """
+    if not _keeps_little and not _set_by_user():
+        _set(_M_MMAP_THRESHOLD, _LARGEST)
+        _set(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def _set_by_user() -> bool:
+    """Whether the environment says what the heap does with freed memory."""
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+    return any(name in os.environ for name in names) or "glibc.malloc." in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+
+
+def reset_heap() -> None:
+    """Set the bounds that glibc arrives at by itself once it has seen large blocks freed."""
+    global _keeps_little
+    _keeps_little = False
+    if not _set_by_user():
+        _set(_M_MMAP_THRESHOLD, _LARGEST)
+        _set(_M_TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+def _set(parameter: int, value: int) -> None:
+    _glibc("mallopt", lambda parameter, value: 1)(parameter, value)
 
 
 @functools.cache

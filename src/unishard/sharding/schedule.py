@@ -205,7 +205,8 @@ class Schedule:
         self._root_calls: int | None = None
         """Calls of the root under way, inside `one_forward`."""
         resting = [group.buffer.layout.shard_numel for group in self.groups if group.resting is not None]
-        self.scarce = prepare_heap(sum(resting))
+        on_cpu = any(group.buffer.device.type == "cpu" for group in self.groups)
+        self.scarce = (on_cpu or bool(resting)) and prepare_heap(sum(resting))
         """Whether freed memory is given back between the parts of a step, which costs time."""
 
     # forward -----------------------------------------------------------------------------------------------
