@@ -302,6 +302,9 @@ def test_backward_reads_one_group_ahead_and_each_state_once(in_backward: bool, r
         assert calls.index(("fetch", after)) < calls.index(("store", this)), (
             "read while the one before is updated"
         )
+    # The root stays whole from forward to backward; the others are gathered in both, and updated.
+    shards = [kind for kind, key in calls if "shard#" in key]
+    assert (shards.count("fetch"), shards.count("store")) == (3 * 3 + 2, 4)
     gradients = [kind for kind, key in calls if "gradient" in key]
     assert gradients.count("fetch") == gradients.count("store") == (0 if in_backward else 4)
 
