@@ -225,7 +225,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             else:
                 self._update(groups, factor)
                 self._resting.finish()
-                self._refresh(groups)
+        if self._delayed is None:
+            self._refresh(groups)
         self._loss_scale.update(False)
 
     def _unscale_factor(self, groups: Sequence[ShardGroup]) -> float:
