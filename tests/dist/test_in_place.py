@@ -246,7 +246,7 @@ def test_slices_partition(numel: int, size: int) -> None:
 
 def test_packed_chunks_match_single_ones() -> None:
     spans = [Span(0, 3, 0, 90_000), Span(2, 0, 90_000, 10), Span(1, 5, 90_020, 40)]
-    for chunk in plan_reduce(spans, 1000, 4):
+    for chunk in plan_reduce(spans, 1000, 4, 2):
         assert chunk.single is not None
         assert (chunk.single.start, chunk.single.numel) == (chunk.packed.start, chunk.packed.numel)
         assert int(chunk.packed.source[0]) == 4 * (1000 + chunk.start)

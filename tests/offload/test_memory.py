@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unishard.offload.aligned import PAGE, RecycledPages
-from unishard.sharding import heap
+from unishard.offload.aligned import RecycledPages
+from unishard.sharding import host_memory
+from unishard.sharding.host_memory import PAGE
 
 
 def test_memory_is_used_again_only_when_no_view_of_it_is_left() -> None:
@@ -32,7 +33,7 @@ def test_memory_beyond_the_limit_and_after_a_trim_is_the_systems() -> None:
     tensors = [pages.empty(PAGE, torch.uint8) for _ in range(3)]
     tensors.clear()
     assert [len(memory) for memory in pages._free] == [PAGE, PAGE]
-    heap.trim_heap()
+    host_memory.trim_heap()
     assert not pages._free
     assert pages.empty(0, torch.float32).shape == (0,)
 
@@ -49,32 +50,34 @@ def test_a_control_group_limits_what_ranks_share(
     (tmp_path / "jobs/one" / name).write_text("max\n")
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda p: text if str(p) == "/proc/self/cgroup" else read(p))
-    monkeypatch.setattr(heap, "_HIERARCHIES", {kind: (tmp_path, name)})
+    monkeypatch.setattr(host_memory, "_HIERARCHIES", {kind: (tmp_path, name)})
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert heap.memory_share() == 1024000
+    assert host_memory.memory_share() == 1024000
     (tmp_path / "jobs/one" / name).write_text("400\n")
-    assert heap.memory_share() == 100
+    assert host_memory.memory_share() == 100
 
 
 @pytest.fixture
 def bounds(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """What the heap is told, by parameter of mallopt; nothing reaches it."""
     told: dict[int, int] = {}
-    monkeypatch.setattr(heap, "_set", told.__setitem__)
-    monkeypatch.setattr(heap, "_keeps_little", False)
-    monkeypatch.setattr(heap, "memory_share", lambda: 3200)
+    monkeypatch.setattr(host_memory, "_set", told.__setitem__)
+    monkeypatch.setattr(host_memory, "_keeps_little", False)
+    monkeypatch.setattr(host_memory, "memory_share", lambda: 3200)
     return told
 
 
 def test_freed_memory_stays_unless_memory_is_scarce(bounds: dict[int, int]) -> None:
-    assert not heap.prepare_heap(100)
-    assert bounds == {heap._M_MMAP_THRESHOLD: 32 << 20, heap._M_TRIM_THRESHOLD: 2**31 - 1}
-    assert heap.prepare_heap(101)
-    assert bounds == {heap._M_MMAP_THRESHOLD: 1 << 20, heap._M_TRIM_THRESHOLD: 1 << 20}
-    assert not heap.prepare_heap(0)
-    assert bounds[heap._M_MMAP_THRESHOLD] == 1 << 20, "another model in the process is still short of it"
-    heap.reset_heap()
-    assert bounds == {heap._M_MMAP_THRESHOLD: 32 << 20, heap._M_TRIM_THRESHOLD: 64 << 20}
+    assert not host_memory.prepare_heap(100)
+    assert bounds == {host_memory._M_MMAP_THRESHOLD: 32 << 20, host_memory._M_TRIM_THRESHOLD: 2**31 - 1}
+    assert host_memory.prepare_heap(101)
+    assert bounds == {host_memory._M_MMAP_THRESHOLD: 1 << 20, host_memory._M_TRIM_THRESHOLD: 1 << 20}
+    assert not host_memory.prepare_heap(0)
+    assert bounds[host_memory._M_MMAP_THRESHOLD] == 1 << 20, (
+        "another model in the process is still short of it"
+    )
+    host_memory.reset_heap()
+    assert bounds == {host_memory._M_MMAP_THRESHOLD: 32 << 20, host_memory._M_TRIM_THRESHOLD: 64 << 20}
 
 
 @pytest.mark.parametrize(
@@ -84,9 +87,9 @@ def test_what_users_said_of_the_heap_stands(
     name: str, value: str, bounds: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert not heap.prepare_heap(1)
+    assert not host_memory.prepare_heap(1)
     assert not bounds
-    assert heap.prepare_heap(101)
+    assert host_memory.prepare_heap(101)
     assert bounds, "without it the run would end"
 
 
@@ -103,12 +106,13 @@ else:
     optimizer = torch.optim.AdamW(model.parameters())
     backward, step = torch.Tensor.backward, lambda: (optimizer.step(), optimizer.zero_grad())
 inputs = torch.ones(8192, 256)  # activations of 8 MiB
-for _ in range(6):
+faults = []
+for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     backward(model(inputs).sum())
     step()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults[4:])[2])  # a block that finds its old place taken gets a new one, now and then
 """
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unishard.bench.contestant import Held
-from unishard.sharding.heap import trim_heap
+from unishard.sharding.host_memory import trim_heap
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")

@@ -13,7 +13,7 @@ from unishard.bench.contestant import Contestant, Trainer
 from unishard.bench.data import Batch, global_batches, micro_batches
 from unishard.bench.memory import live_bytes, trim
 from unishard.bench.plan import Plan
-from unishard.sharding.heap import reset_heap
+from unishard.sharding.host_memory import reset_heap
 
 _REFERENCE_WIDTH = 1024
 _REFERENCE_REPEATS = 4

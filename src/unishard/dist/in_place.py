@@ -20,8 +20,9 @@ from unishard.dist.memory_window import MAX_VECTORS, MemoryWindow, copy_from
 
 # Measured: single reads of 1 to 4 MB are the fastest, longer ones a third slower.
 _READ_BYTES = 1 << 21
-# A chunk that is read and then summed should still be in the second-level cache.
-_SUM_BYTES = 1 << 18
+# What is read from all ranks for one sum. Measured: longer chunks leave the second-level cache, shorter ones spend more
+# time on starting than on summing.
+_SUM_BYTES, _LEAST_SUM_BYTES = 1 << 21, 1 << 18
 
 
 class Span(NamedTuple):
@@ -174,20 +175,24 @@ class Chunk(NamedTuple):
 ReducePlan = Sequence[Chunk]
 
 
-def plan_packed_reduce(start: int, numel: int, itemsize: int) -> ReducePlan:
-    """For sums of [start, start + numel) of one packed tensor."""
-    batches = plan_batches([Span(0, start, 0, numel)], itemsize, _SUM_BYTES)
+def plan_packed_reduce(start: int, numel: int, itemsize: int, ranks: int) -> ReducePlan:
+    """For sums over `ranks` of [start, start + numel) of one packed tensor."""
+    batches = plan_batches([Span(0, start, 0, numel)], itemsize, _chunk_bytes(ranks))
     return [Chunk(batch.start, batch.numel, None, batch) for batch in batches]
 
 
-def plan_reduce(spans: Sequence[Span], packed_start: int, itemsize: int) -> ReducePlan:
-    """For sums of `spans`; the packed tensor holds the same elements from `packed_start` on, in order of target."""
-    chunks = []
-    for batch in plan_batches(spans, itemsize, _SUM_BYTES):
+def plan_reduce(spans: Sequence[Span], packed_start: int, itemsize: int, ranks: int) -> ReducePlan:
+    """For sums over `ranks` of `spans`; the packed tensor holds the same elements from `packed_start` on, in order of target."""
+    chunks, limit = [], _chunk_bytes(ranks)
+    for batch in plan_batches(spans, itemsize, limit):
         whole = Span(0, packed_start + batch.start, batch.start, batch.numel)
-        [packed] = plan_batches([whole], itemsize, _SUM_BYTES)
+        [packed] = plan_batches([whole], itemsize, limit)
         chunks.append(Chunk(batch.start, batch.numel, batch, packed))
     return chunks
+
+
+def _chunk_bytes(ranks: int) -> int:
+    return max(_SUM_BYTES // ranks, _LEAST_SUM_BYTES)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -359,7 +364,7 @@ def plan_flat(numel: int, size: int, rank: int, itemsize: int) -> tuple[ReducePl
     """Plans for one flat tensor of `numel` elements cut into slices: to sum the own one, to read the others."""
     bounds = [slice_bounds(numel, size, each) for each in range(size)]
     start, stop = bounds[rank]
-    reduce = plan_packed_reduce(start, stop - start, itemsize)
+    reduce = plan_packed_reduce(start, stop - start, itemsize, size)
     return reduce, plan_gather([[Span(0, 0, first, last - first)] for first, last in bounds], itemsize)
 
 

@@ -25,7 +25,7 @@ from unishard.optim.pieces import Pieces, user_groups
 from unishard.optim.schedules import build_schedule
 from unishard.optim.sharded import ShardedOptimizer, UpdateRules
 from unishard.sharding.build import ShardPlan
-from unishard.sharding.heap import prepare_heap
+from unishard.sharding.host_memory import prepare_heap
 from unishard.sharding.in_place import ShardedModel, shard_in_place
 from unishard.sharding.placement import Placement, preset
 from unishard.sharding.ports import ON_DEVICE, Tiers

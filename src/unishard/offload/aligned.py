@@ -11,20 +11,7 @@ import numpy as np
 import torch
 
 from unishard.errors import OffloadError
-from unishard.sharding.heap import memory_share, trim_with_heap
-
-PAGE = 4096
-"""Bytes. Alignment of buffers, and of extents in a file; a multiple of what O_DIRECT asks of any usual disk."""
-_HUGE_PAGE = 2 << 20
-
-
-def padded(nbytes: int) -> int:
-    """`nbytes` in whole pages.
-
-    >>> padded(0), padded(1), padded(4096)
-    (0, 4096, 4096)
-    """
-    return -(-nbytes // PAGE) * PAGE
+from unishard.sharding.host_memory import map_pages, memory_share, padded, trim_with_heap
 
 
 def aligned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -32,7 +19,7 @@ def aligned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
     Large ones ask for huge pages: a direct transfer pins every page, and half of its processor time went there.
 
-    >>> aligned_empty(10, torch.float16).data_ptr() % PAGE
+    >>> aligned_empty(10, torch.float16).data_ptr() % 4096
     0
     """
     nbytes = numel * dtype.itemsize
@@ -43,15 +30,12 @@ def aligned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _pages(nbytes: int) -> mmap.mmap:
     try:
-        memory = mmap.mmap(-1, padded(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return map_pages(nbytes)
     except OSError as error:
         raise OffloadError(
             f"{nbytes} bytes of host memory for a buffer cannot be had ({error.strerror}); use fewer or smaller "
             "buffers (buffer_count), or rest less state in host memory"
         ) from error
-    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def carve(buffer: torch.Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:

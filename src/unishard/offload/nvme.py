@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from unishard.errors import OffloadError
-from unishard.offload.aligned import PAGE, RecycledPages
+from unishard.offload.aligned import RecycledPages
 from unishard.offload.base import BaseTier, Entry, Transfer
 from unishard.offload.swap_file import SwapFile, default_run
 from unishard.offload.transfers import Ending, Outcome, Place, Transfers, best_transfers
+from unishard.sharding.host_memory import PAGE
 
 BLOCK = 8 << 20
 """Bytes of one operation on the disk."""

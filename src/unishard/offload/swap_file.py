@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from unishard.errors import OffloadError
-from unishard.offload.aligned import PAGE, aligned_empty, padded
+from unishard.offload.aligned import aligned_empty
 from unishard.offload.extents import Extents
+from unishard.sharding.host_memory import PAGE, padded
 
 _log = logging.getLogger("unishard")
 

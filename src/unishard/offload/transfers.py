@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from unishard.offload.aligned import aligned_empty, padded
+from unishard.offload.aligned import aligned_empty
+from unishard.sharding.host_memory import padded
 
 _log = logging.getLogger("unishard")
 _BOUNCE = 1 << 20  # bytes

@@ -19,8 +19,8 @@ from unishard.optim.loss_scale import LossScale, NoLossScale
 from unishard.optim.pieces import Pieces
 from unishard.optim.resting import RestingSteps
 from unishard.sharding.group import ShardGroup, unshard_together
-from unishard.sharding.heap import trim_heap
 from unishard.sharding.hooks import has_step_hooks
+from unishard.sharding.host_memory import trim_heap
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.touched import agree_on_touched
 

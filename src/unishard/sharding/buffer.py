@@ -26,6 +26,7 @@ from unishard.dist.in_place import (
     plan_reduce,
 )
 from unishard.sharding.dim_layout import DimLayout
+from unishard.sharding.host_memory import published_empty
 from unishard.sharding.layout import FlatLayout
 from unishard.sharding.no_grad import no_grad
 
@@ -66,7 +67,9 @@ class GroupBuffer(ABC):
         self.resident = resident
         numel = layout.numel
         with torch.inference_mode(False):
-            self.full = torch.empty(numel, dtype=compute, device=device)
+            # Released memory must be resizable.
+            make = published_empty if resident else torch.empty
+            self.full = make(numel, dtype=compute, device=device)
         self._bytes = self.full.untyped_storage().nbytes()
         self.allocated = True
         self._reduce_plans: dict[torch.dtype, ReducePlan] = {}
@@ -163,9 +166,9 @@ class GroupBuffer(ABC):
             length, spans = self.layout.shard_numel, self.shard_spans(self.comm.rank)
             start = self.comm.rank * length
             if spans is None:
-                plan = plan_packed_reduce(start, length, dtype.itemsize)
+                plan = plan_packed_reduce(start, length, dtype.itemsize, self.comm.size)
             else:
-                plan = plan_reduce(spans, start, dtype.itemsize)
+                plan = plan_reduce(spans, start, dtype.itemsize, self.comm.size)
             self._reduce_plans[dtype] = plan
         return plan
 
@@ -187,7 +190,7 @@ class GroupBuffer(ABC):
         spans = self.shard_spans(self.comm.rank)
         if spans is None:
             return [(0, self.layout.shard_numel)]
-        return [(chunk.start, chunk.numel) for chunk in plan_reduce(spans, 0, 4)]
+        return [(chunk.start, chunk.numel) for chunk in plan_reduce(spans, 0, 4, self.comm.size)]
 
     def whole_views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The parameters inside `flat`, any 1-D tensor laid out like `full`."""
@@ -235,9 +238,15 @@ class GroupBuffer(ABC):
         self.aliased = False
         self.shard = shard
 
-    @abstractmethod
     def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
         """A fresh tensor with this rank's part of `whole`, in the dtype of `whole`."""
+        shard = published_empty(self.layout.shard_numel, whole.dtype, whole.device)
+        self._fill_shard(shard, whole)
+        return shard
+
+    @abstractmethod
+    def _fill_shard(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
+        """Copy this rank's part of `whole` into `shard`."""
 
     @abstractmethod
     def local(self, index: int, shard: torch.Tensor) -> torch.Tensor:
@@ -268,17 +277,16 @@ class FlatBuffer(GroupBuffer):
         self.views = self._make_views()
         self.aliased = self.resident and self.master == self.compute
         self.shard = self._own(self.full) if self.aliased else self.full.new_empty(0, dtype=self.master)
-        self._gaps = _gaps(layout)
         self._pieces = {piece.index: piece for piece in layout.pieces(comm.rank)}
-        for start, stop in self._gaps:
+        for start, stop in self.layout.gaps:
             self.full[start:stop].zero_()
 
     def _own(self, whole: torch.Tensor) -> torch.Tensor:
         length = self.layout.shard_numel
         return whole[self.comm.rank * length : (self.comm.rank + 1) * length]
 
-    def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
-        return self._own(whole).clone()
+    def _fill_shard(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
+        shard.copy_(self._own(whole))
 
     def gather(self, label: str = "") -> Pending:
         if self.reads_in_place:
@@ -330,7 +338,7 @@ class FlatBuffer(GroupBuffer):
 
     def new_reduce_buffer(self, dtype: torch.dtype) -> torch.Tensor:
         buffer = torch.empty(self.layout.numel, dtype=dtype, device=self.device)
-        for start, stop in self._gaps:
+        for start, stop in self.layout.gaps:
             buffer[start:stop].zero_()
         return buffer
 
@@ -353,11 +361,10 @@ class DimBuffer(GroupBuffer):
         # A second set, so that filling them leaves the version counters of `views` alone.
         self._targets = self._make_views()
 
-    def _shard_of(self, whole: torch.Tensor) -> torch.Tensor:
-        shard = whole.new_zeros(self.layout.shard_numel)
+    def _fill_shard(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
+        shard.zero_()
         for index, view in enumerate(self.whole_views(whole)):
             self.local(index, shard).copy_(self._chunk(view, index, self.comm.rank))
-        return shard
 
     def _chunk(self, whole: torch.Tensor, index: int, rank: int) -> torch.Tensor:
         if whole.dim() == 0:
@@ -477,20 +484,3 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(extent, 1)
     return tuple(reversed(strides))
-
-
-def _gaps(layout: FlatLayout) -> list[tuple[int, int]]:
-    """Stretches of the whole buffer that no parameter covers."""
-    used = sorted(
-        (offset, offset + prod(shape))
-        for offset, shape in zip(layout.offsets, layout.shapes, strict=True)
-        if prod(shape)
-    )
-    gaps, position = [], 0
-    for start, stop in used:
-        if start > position:
-            gaps.append((position, start))
-        position = stop
-    if layout.numel > position:
-        gaps.append((position, layout.numel))
-    return gaps

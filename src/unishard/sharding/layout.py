@@ -129,6 +129,17 @@ class FlatLayout:
     def _starts(self) -> tuple[int, ...]:
         return tuple(self.offsets[i] for i in self._order)
 
+    @cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Stretches [start, stop) of the full buffer that no parameter covers.
+
+        >>> plan_layout([(3,)], world_size=2).gaps
+        ((3, 4),)
+        """
+        stops = [self.offsets[i] + self.numels[i] for i in self._order]
+        between = zip([0, *stops], [*self._starts, self.numel], strict=True)
+        return tuple((start, stop) for start, stop in between if start < stop)
+
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """What lies in the shard of `rank`, in shard order; parameters without elements have no piece.
 

