@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,32 @@ def gradients() -> None:
 
 def test_gradients_add_up_until_they_are_cleared(ranks: Ranks) -> None:
     ranks(gradients, world_size=2)
+
+
+def views_of_gradients() -> None:
+    model = sharded(LatePolicy(EVERYTHING))
+    ids = torch.randint(37, (2, 7), generator=torch.Generator().manual_seed(0))
+
+    def backward() -> None:
+        model(ids).pow(2).mean().backward()
+
+    def last_gradient() -> Any:
+        return list(model.parameters())[-1].grad
+
+    backward()
+    once = last_gradient().full_tensor()
+    lent = [last_gradient().to_local()]
+    threading.Timer(0.1, lent.clear).start()  # as the thread of a collective does
+    backward()
+    torch.testing.assert_close(last_gradient().full_tensor(), once * 2)
+    kept = last_gradient().to_local()
+    with pytest.raises(StateError, match=r"somebody has a view.*clone"):
+        backward()
+    assert kept.isfinite().all()
+
+
+def test_a_view_that_a_thread_still_holds_is_waited_for(ranks: Ranks) -> None:
+    ranks(views_of_gradients, world_size=1)
 
 
 def writes(folder: str, offload: str) -> list[float]:

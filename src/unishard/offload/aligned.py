@@ -6,6 +6,7 @@ import mmap
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -89,15 +90,19 @@ class RecycledPages:
         return torch.from_numpy(array).view(dtype)
 
     def _taken(self, nbytes: int) -> mmap.mmap | None:
-        found = next((memory for memory in self._free if len(memory) == nbytes), None)
-        if found is not None:
-            self._free.remove(found)
-        return found
+        # Other threads free memory too, which may happen between any two lines here.
+        for memory in list(self._free):
+            if len(memory) == nbytes:
+                with suppress(ValueError):
+                    self._free.remove(memory)
+                    return memory
+        return None
 
     def _take_back(self, memory: mmap.mmap) -> None:
         self._free.append(memory)
-        while sum(len(memory) for memory in self._free) > self._limit:
-            self._free.popleft()
+        while sum(len(memory) for memory in list(self._free)) > self._limit:
+            with suppress(IndexError):
+                self._free.popleft()
 
     def trim(self) -> None:
         """Give back to the system what nobody uses."""

@@ -229,6 +229,7 @@ class GroupGradients:
             return
         self.landing = None
         desk.clear()
+        desk.vacate(resting)
         # An all-reduced sum that peers may still be reading.
         self.axes.replicate.drain()
         if self._away:

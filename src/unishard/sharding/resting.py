@@ -7,6 +7,7 @@ whoever reads it without opening it first cannot take it for data.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class _Item:
 
 
 _serials = itertools.count()
+# Seconds.
+_PATIENCE = 1.0
 
 
 class Resting:
@@ -325,6 +328,16 @@ class Desk:
         if not brought:
             del self._brought[resting]
         self._settle_before(resting)
+
+    def vacate(self, resting: Resting) -> None:
+        """Send a group back that is about to get other values; what users have a view of stays.
+
+        The thread of a collective lets go of its input some time after whoever waited for the result went on.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while resting in self._brought and time.monotonic() < deadline:
+            time.sleep(0.001)
+            self.put_away(resting)
 
     def _settle_before(self, resting: Resting) -> None:
         """The group that left last is written while others work; those before it are waited for."""
