@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+import unishard
+from unishard.offload import aligned
 from unishard.offload.aligned import RecycledPages
 from unishard.sharding import host_memory
 from unishard.sharding.host_memory import PAGE
+
+Ranks = Callable[..., Any]
 
 
 def test_memory_is_used_again_only_when_no_view_of_it_is_left() -> None:
@@ -36,6 +43,38 @@ def test_memory_beyond_the_limit_and_after_a_trim_is_the_systems() -> None:
     host_memory.trim_heap()
     assert not pages._free
     assert pages.empty(0, torch.float32).shape == (0,)
+
+
+def fresh_pages(folder: str, scarce: bool) -> list[int]:
+    """How often each of five steps asks the system for pages to read state into."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+    tier = {"device": "nvme", "nvme_path": folder}
+    engine = unishard.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "AdamW", "params": {}},
+            "zero_optimization": {"stage": 3, "offload_optimizer": tier, "offload_param": tier},
+        },
+    ).engine
+    counts = []
+    with (
+        mock.patch.object(aligned, "map_pages", wraps=aligned.map_pages) as mapped,
+        mock.patch.object(host_memory, "_keeps_little", scarce),
+    ):
+        for _ in range(5):
+            engine.backward(engine(torch.ones(1, 64)).sum())
+            engine.step()
+            counts.append(mapped.call_count)
+            mapped.reset_mock()
+    engine.destroy()
+    return counts
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_state_is_read_into_the_pages_of_the_step_before(scarce: bool, tmp_path: Path, ranks: Ranks) -> None:
+    [counts] = ranks(fresh_pages, str(tmp_path), scarce, world_size=1)
+    assert (counts[-1] > 0) == scarce, counts
 
 
 @pytest.mark.parametrize(

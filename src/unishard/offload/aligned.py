@@ -62,8 +62,9 @@ def carved_size(parts: Sequence[tuple[int, torch.dtype]]) -> int:
 class RecycledPages:
     """Makes tensors as `aligned_empty` does, of memory that was freed before where there is some of that size.
 
-    The system clears every page that it hands out, which takes as long as reading it from a good disk. Freed memory is
-    kept up to `limit` bytes, until `trim_heap()`.
+    The system clears every page that it hands out, which takes as long as reading it from a good disk, and longer where
+    it first has to make huge pages of small ones. Freed memory is kept up to `limit` bytes, by default 1/24 of a rank's
+    share of host memory or 64 MiB, until `trim_heap()`.
 
     >>> pages = RecycledPages()
     >>> first = pages.empty(10, torch.float32)
@@ -73,8 +74,8 @@ class RecycledPages:
     True
     """
 
-    def __init__(self, limit: int = 64 << 20) -> None:
-        self._limit = limit
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = max(memory_share() // 24, 64 << 20) if limit is None else limit
         self._free: deque[mmap.mmap] = deque()
         trim_with_heap(self)
 

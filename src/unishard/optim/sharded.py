@@ -20,7 +20,7 @@ from unishard.optim.pieces import Pieces
 from unishard.optim.resting import RestingSteps
 from unishard.sharding.group import ShardGroup, unshard_together
 from unishard.sharding.hooks import has_step_hooks
-from unishard.sharding.host_memory import trim_heap
+from unishard.sharding.host_memory import trim_after_step
 from unishard.sharding.schedule import Schedule
 from unishard.sharding.touched import agree_on_touched
 
@@ -188,8 +188,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stepped, self._stepped_norm = [], 0.0
         self.tokens = None
         if self._resting.active:
-            # Whoever lets state rest elsewhere wants the memory more than the time of getting it again.
-            trim_heap()
+            trim_after_step()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -41,6 +41,17 @@ def trim_heap() -> None:
     _trim()(0)
 
 
+def trim_after_step() -> None:
+    """As `trim_heap` if memory is scarce; otherwise what the next step reads into stays.
+
+    Whoever lets state rest elsewhere wants the C heap's memory more than the time of getting it again (4 % of a step).
+    """
+    if _keeps_little:
+        trim_heap()
+    else:
+        _trim()(0)
+
+
 def prepare_heap(elements_away: int) -> bool:
     """Set the heap up for training in which `elements_away` of this rank rest elsewhere; whether memory is scarce.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from unishard.sharding.host_memory import trim_heap
+from unishard.sharding.host_memory import trim_after_step
 from unishard.sharding.resting import Resting, desk
 from unishard.sharding.resting_dtensor import Place, RestingDTensor
 
@@ -145,7 +145,7 @@ def end_step(optimizer: torch.optim.Optimizer) -> None:
     desk.clear()
     for step in steps:
         step.collect()
-        trim_heap()
+        trim_after_step()
 
 
 def _forget_the_gone(resting: Resting) -> None:
