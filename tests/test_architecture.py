@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ def lazy_public_names() -> list[str]:
 def test_import_contracts(monkeypatch, capsys):
     from importlinter.cli import lint_imports
 
+    # The linter configures logging anew, which turns every logger off; undone with the monkeypatch.
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("unishard")]:
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
     monkeypatch.chdir(ROOT)
     status = lint_imports(no_cache=True, no_logo=True)
     assert status == 0, capsys.readouterr().out
